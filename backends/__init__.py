@@ -1,0 +1,1 @@
+"""From Programs to something that runs: eager, TorchScript, ONNX with ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""From models to Programs, and back to the user's own modules."""

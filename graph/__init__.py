@@ -1,0 +1,1 @@
+"""The IR: programs, axes, operator rules, coupling groups, resizing, cost and verification."""

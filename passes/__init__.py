@@ -1,0 +1,1 @@
+"""Rewrites of Programs, one file per pass; importance criteria and ranking."""

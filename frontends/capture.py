@@ -1,0 +1,264 @@
+"""Capture: an ``nn.Module`` and example inputs become a `Program` through ``torch.export``."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+
+from ..graph.errors import CaptureError
+from ..graph.program import InputSpec, Program
+
+logger = logging.getLogger(__name__)
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+DynamicDims = Mapping[str, Mapping[int, str]]
+_GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: DynamicDims | None = None,
+) -> Program:
+    """Capture ``model`` in evaluation mode.
+
+    Args:
+        model: Any module. Weights may be on the ``meta`` device. It is never changed.
+        args: Example positional inputs.
+        kwargs: Example keyword inputs. Values that are not tensors become constants of the capture.
+        dynamic: Names of dimensions that may vary, by input name: ``{"input_ids": {0: "batch", 1: "tokens"}}``.
+            None makes dimension 0 of every tensor input dynamic whose size there equals that of the first
+            tensor input: the batch. ``{}`` makes everything static.
+
+    Returns:
+        The captured computation. Its ``notes`` say what was decided, such as a batch that had to be static.
+
+    Raises:
+        CaptureError: ``torch.export`` refused the model (its message and the user's source line are kept), an
+            input name in ``dynamic`` is unknown, or a dynamic dimension has an example size below 2.
+    """
+    kwargs = dict(kwargs or {})
+    args = tuple(args)
+    weights = next(iter(model.parameters()), None)
+    if weights is not None and weights.is_meta:
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+    leaves, in_spec = pytree.tree_flatten((args, kwargs))
+    names = _leaf_names(model, args, kwargs)
+    labels = _dynamic_labels(names, leaves, dynamic)
+    notes: list[str] = []
+    by_default = dynamic is None and any(labels.values())
+    if by_default and any(leaves[i].shape[0] < 2 for i, dims in labels.items() if dims):
+        leaves = [_doubled(leaf) if labels.get(i) else leaf for i, leaf in enumerate(leaves)]
+        args, kwargs = pytree.tree_unflatten(leaves, in_spec)
+        notes.append("the example batch was doubled to 2: an example batch of 1 would fix the batch size")
+    try:
+        exported = _export(model, args, kwargs, leaves, labels)
+    except Exception as err:
+        if not by_default:
+            raise _capture_error(model, err) from err
+        try:
+            exported = _export(model, args, kwargs, leaves, {})
+        except Exception:
+            raise _capture_error(model, err) from err
+        labels = {}
+        notes.append(f"the batch is static: {_first_line(err)}")
+        logger.warning("%s: %s", type(model).__name__, notes[-1])
+    gm = exported.module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    out_spec = gm._out_spec
+    gm.graph.set_codegen(CodeGen())
+    _flatten_output(gm)
+    _inline_mode_regions(gm)
+    _drop_checks(gm)
+    gm.graph.lint()
+    gm.recompile()
+    inputs = tuple(
+        _input_spec(name, leaf, labels.get(i, {}))
+        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
+    )
+    return Program(gm, inputs, in_spec, out_spec, tuple(leaves), type(model).__name__, tuple(notes))
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], labels: dict[int, dict[int, str]]
+) -> torch.export.ExportedProgram:
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    marks = [{d: DYNAMIC for d in labels.get(i, {})} or None for i in range(len(leaves))]
+    # `bound` holds the same leaves in the same order: positional first, then keywords in the caller's order.
+    bound_leaves, bound_spec = pytree.tree_flatten(dict(bound))
+    order = _match_leaves(bound_leaves, leaves)
+    shapes = pytree.tree_unflatten([marks[i] for i in order], bound_spec)
+    modes = [(m, m.training) for m in model.modules() if m.training]
+    try:
+        for module, _ in modes:
+            module.training = False
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _match_leaves(bound: list[Any], leaves: list[Any]) -> list[int]:
+    free = list(range(len(leaves)))
+    order = []
+    for leaf in bound:
+        index = next(i for i in free if leaves[i] is leaf)
+        free.remove(index)
+        order.append(index)
+    return order
+
+
+def _leaf_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    try:
+        positional = list(inspect.signature(model.forward).bind_partial(*args).arguments)
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as err:
+        raise CaptureError(f"{type(model).__name__}.forward does not take the example inputs: {err}") from err
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameters[p].kind is inspect.Parameter.VAR_POSITIONAL for p in positional):
+        positional = [f"arg{i}" for i in range(len(args))]
+    paths, _ = pytree.tree_flatten_with_path((args, kwargs))
+    names = []
+    for path, _leaf in paths:
+        side, first, *rest = path
+        head = positional[first.idx] if side.idx == 0 else str(first.key)
+        names.append(".".join([head, *(str(getattr(key, "key", getattr(key, "idx", key))) for key in rest)]))
+    return names
+
+
+def _dynamic_labels(names: list[str], leaves: list[Any], dynamic: DynamicDims | None) -> dict[int, dict[int, str]]:
+    if dynamic is None:
+        tensors = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim()]
+        if not tensors:
+            return {}
+        batch = tensors[0][1].shape[0]
+        return {i: {0: "batch"} for i, leaf in tensors if leaf.shape[0] == batch}
+    labels: dict[int, dict[int, str]] = {}
+    for name, dims in dynamic.items():
+        if name not in names:
+            raise CaptureError(f"dynamic names the input '{name}'; the inputs are {names}")
+        index = names.index(name)
+        leaf = leaves[index]
+        if not isinstance(leaf, Tensor):
+            raise CaptureError(f"dynamic names the input '{name}', which is not a tensor but {leaf!r}")
+        labels[index] = {}
+        for dim, label in dims.items():
+            if not -leaf.dim() <= dim < leaf.dim():
+                raise CaptureError(f"dynamic names dimension {dim} of '{name}', which has {leaf.dim()} dimensions")
+            if leaf.shape[dim] < 2:
+                raise CaptureError(
+                    f"dimension {dim} of '{name}' is dynamic but its example size is {leaf.shape[dim]}; "
+                    "give an example of size 2 or more, since sizes 0 and 1 are special to torch.export"
+                )
+            labels[index][dim % leaf.dim()] = label
+    return labels
+
+
+def _doubled(leaf: Tensor) -> Tensor:
+    return torch.cat([leaf, leaf]) if leaf.shape[0] == 1 else leaf
+
+
+def _input_spec(name: str, leaf: Any, dims: Mapping[int, str]) -> InputSpec:
+    if not isinstance(leaf, Tensor):
+        return InputSpec(name, constant=leaf)
+    return InputSpec(name, leaf.dtype, tuple(dims.get(d, size) for d, size in enumerate(leaf.shape)))
+
+
+def _first_line(err: BaseException) -> str:
+    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+
+
+def _capture_error(model: nn.Module, err: Exception) -> CaptureError:
+    message = str(err)
+    if "onstraint" in message or "Dim.DYNAMIC" in message:
+        advice = "make the dimensions it names static: leave them out of capture(dynamic=...)"
+    elif "DataDependent" in type(err).__name__ or "data-dependent" in message:
+        advice = "the forward branches on the values of a tensor; pass such flags as Python constants"
+    elif "DynamicCache" in message or "Cache" in message:
+        advice = "pass use_cache=False (or set it in the model's config): caches are not captured"
+    else:
+        advice = "run torch.export.export(model, args, kwargs, strict=False) for the full report"
+    return CaptureError(f"torch.export could not capture {type(model).__name__}: {message.strip()}\n{advice}")
+
+
+def _flatten_output(gm: GraphModule) -> None:
+    output = next(iter(reversed(gm.graph.nodes)))
+    assert output.op == "output"
+    leaves, _ = pytree.tree_flatten(output.args[0])
+    output.args = (tuple(leaves),)
+
+
+def _drop_checks(gm: GraphModule) -> None:
+    """Erase export's guards and metadata assertions: the Program checks its inputs itself."""
+    for node in reversed(list(gm.graph.nodes)):
+        name = getattr(node.target, "__name__", str(node.target))
+        is_check = (node.op == "call_module" and str(node.target).startswith("_guards")) or (
+            node.op == "call_function" and name.startswith(("_assert_", "sym_constrain", "_assert."))
+        )
+        if is_check and not node.users:
+            gm.graph.erase_node(node)
+    # What only fed a check (comparisons of sizes) is left without users.
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op == "call_function" and not node.users and _is_scalar_arithmetic(node):
+            gm.graph.erase_node(node)
+
+
+def _is_scalar_arithmetic(node: Node) -> bool:
+    module = getattr(node.target, "__module__", "")
+    return module in ("_operator", "math") or node.target is torch.ops.aten.sym_size.int
+
+
+def _inline_mode_regions(gm: GraphModule) -> None:
+    """Replace regions under a changed gradient or autocast mode by their body.
+
+    Both modes are facts of how the model was written, not of what it computes here: a captured program is
+    differentiated through parameters, and these regions make tables (rotary embeddings, masks). A region
+    under *enabled* autocast does change the numbers and stays, so that the analysis freezes it.
+    """
+    for node in list(gm.graph.nodes):
+        if node.target is _GRAD_MODE:
+            body_node, inputs = node.args[1], node.args[2:]
+        elif node.target is _AUTOCAST and not node.args[2]:
+            body_node, inputs = node.args[4], node.args[5:]
+        else:
+            continue
+        body = getattr(gm, body_node.target)
+        _inline_mode_regions(body)
+        env: dict[Node, Any] = {}
+        placeholders = iter(inputs)
+        result: Any = None
+        with gm.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "placeholder":
+                    env[inner] = next(placeholders)
+                elif inner.op == "output":
+                    result = torch.fx.map_arg(inner.args[0], lambda n: env[n])
+                elif inner.op == "get_attr":
+                    name = f"{body_node.target}_{inner.target}".replace(".", "_")
+                    value = getattr(body, inner.target)
+                    gm.register_buffer(name, value, persistent=False)
+                    env[inner] = gm.graph.get_attr(name)
+                    env[inner].meta = dict(inner.meta)
+                else:
+                    env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
+        for user in list(node.users):
+            if user.target is operator.getitem and isinstance(result, (tuple, list)):
+                user.replace_all_uses_with(result[user.args[1]])
+                gm.graph.erase_node(user)
+            else:
+                user.replace_input_with(node, result)
+        gm.graph.erase_node(node)
+        if not body_node.users:
+            gm.graph.erase_node(body_node)
+            delattr(gm, body_node.target)

@@ -1,0 +1,221 @@
+"""`Program`: one captured computation, flat inside and of the caller's signature outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One leaf of a Program's inputs.
+
+    Attributes:
+        name: Path of the leaf in the caller's arguments, such as ``sample`` or ``added_cond_kwargs.time_ids``.
+        dtype: Of a tensor leaf; None for a constant leaf.
+        shape: One entry a dimension: the size, or the name of a dynamic dimension.
+        constant: The value a non-tensor leaf was captured with. Another value needs another capture.
+    """
+
+    name: str
+    dtype: torch.dtype | None = None
+    shape: tuple[int | str, ...] = ()
+    constant: Any = None
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the leaf is a tensor (else a constant of the capture)."""
+        return self.dtype is not None
+
+    def check(self, value: object) -> None:
+        """Raise `InputError` unless ``value`` fits this leaf."""
+        if not self.is_tensor:
+            same = value is self.constant or (type(value) is type(self.constant) and value == self.constant)
+            if not same:
+                raise InputError(
+                    f"input '{self.name}' was captured as the constant {self.constant!r}, got {value!r}; "
+                    "capture the model again with this value"
+                )
+            return
+        if not isinstance(value, Tensor):
+            raise InputError(f"input '{self.name}' must be a tensor, got {type(value).__name__}")
+        if value.dtype is not self.dtype:
+            raise InputError(f"input '{self.name}' must have dtype {self.dtype}, got {value.dtype}")
+        fits = len(self.shape) == value.dim() and all(
+            isinstance(want, str) or want == got for want, got in zip(self.shape, value.shape, strict=True)
+        )
+        if not fits:
+            want = "[" + ", ".join(map(str, self.shape)) + "]"
+            raise InputError(
+                f"input '{self.name}' must have shape {want}, got {list(value.shape)}; "
+                "name a dimension in capture(dynamic=...) to let it vary"
+            )
+
+
+@dataclass
+class Program:
+    """A captured computation.
+
+    The graph takes the flattened inputs and returns the flattened outputs; `__call__` has the signature
+    of the module that was captured. Parameters and buffers are ``get_attr`` nodes whose targets are the
+    model's own fully qualified names, and every node has its shape and dtype in ``meta["val"]``.
+
+    Attributes:
+        graph_module: The graph and the tensors it owns. Tensors are values: rewrites rebind them and never
+            write into them, since the caller's module shares their storage.
+        inputs: One entry per graph placeholder.
+        in_spec: Tree of ``(args, kwargs)``.
+        out_spec: Tree of the result.
+        example: The inputs of the capture, flattened; on the ``meta`` device when the model was.
+        name: Class name of the captured module.
+        notes: What capture decided that the caller may want to know, one sentence each.
+    """
+
+    graph_module: GraphModule
+    inputs: tuple[InputSpec, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    example: tuple[Any, ...]
+    name: str = "Program"
+    notes: tuple[str, ...] = ()
+    version: int = field(default=0, compare=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the inputs of the captured module's ``forward``.
+
+        Raises:
+            InputError: An input is missing, unknown, or has another type, dtype or shape than captured.
+        """
+        flat = self.graph_module(*self.flatten(*args, **kwargs))
+        return pytree.tree_unflatten(list(flat), self.out_spec)
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """The graph's nodes in topological order."""
+        return iter(self.graph_module.graph.nodes)
+
+    def flatten(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Check the inputs against `inputs` and return them as the graph's placeholders expect them."""
+        kwargs = self._ordered(kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            names = ", ".join(spec.name for spec in self.inputs)
+            raise InputError(f"{self.name} takes the inputs ({names}), got another structure: {spec}")
+        for leaf, expected in zip(leaves, self.inputs, strict=True):
+            expected.check(leaf)
+        return leaves
+
+    def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the ``(args, kwargs)`` of the capture."""
+        return pytree.tree_unflatten(list(self.example), self.in_spec)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every parameter and buffer that the graph reads, by name. Tied names share one tensor."""
+        out: dict[str, Tensor] = {}
+        for node in self.graph_module.graph.nodes:
+            if node.op == "get_attr" and node.target not in out:
+                value = get_tensor(self.graph_module, node.target)
+                if value is not None:
+                    out[node.target] = value
+        return out
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that the graph reads, by name, tied names included."""
+        return {k: v for k, v in self.tensors().items() if isinstance(v, nn.Parameter)}
+
+    def copy(self) -> Program:
+        """Return a program that can be rewritten on its own; tensors are shared, as values."""
+        return replace(self, graph_module=copy_graph_module(self.graph_module))
+
+    def module(self) -> nn.Module:
+        """Return an ``nn.Module`` with the original's call signature and parameter names."""
+        return ProgramModule(self)
+
+    def changed(self) -> None:
+        """Recompile after a rewrite and drop what was cached for the graph before it."""
+        self.graph_module.graph.lint()
+        self.graph_module.recompile()
+        self.version += 1
+
+    def _ordered(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        # A dict's tree spec remembers the order of its keys; callers may write keywords in any order.
+        _args_spec, kwargs_spec = self.in_spec.children()
+        known = list(kwargs_spec.context or [])
+        unknown = [key for key in kwargs if key not in known]
+        missing = [key for key in known if key not in kwargs]
+        if unknown or missing:
+            raise InputError(
+                f"{self.name} was captured with the keyword inputs {known}; "
+                + "; ".join(
+                    filter(None, (unknown and f"unknown: {unknown}", missing and f"missing: {missing}"))
+                )
+            )
+        return {key: kwargs[key] for key in known}
+
+
+class ProgramModule(nn.Module):
+    """A Program as a module. It shares the program's tensors and has their original names."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        gm = program.graph_module
+        # The registries themselves are shared, so that `.to()` and optimisers act on what the graph reads.
+        self._parameters, self._buffers, self._modules = gm._parameters, gm._buffers, gm._modules
+        object.__setattr__(self, "program", program)
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        program: Program = self.__dict__["program"]
+        return program(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"captured from {self.__dict__['program'].name}"
+
+
+def get_tensor(gm: GraphModule, target: str) -> Tensor | None:
+    """Return the parameter, buffer or constant named ``target``; None when it is not a tensor."""
+    owner: Any = gm
+    for part in target.split("."):
+        owner = getattr(owner, part)
+    return owner if isinstance(owner, Tensor) else None
+
+
+def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
+    """Rebind the parameter, buffer or constant named ``target``. The old tensor is left as it is."""
+    *path, name = target.split(".")
+    owner: nn.Module = gm
+    for part in path:
+        owner = owner._modules[part]  # type: ignore[assignment]
+    for registry in (owner._parameters, owner._buffers):
+        if name in registry:
+            registry[name] = value  # type: ignore[assignment]
+            return
+    setattr(owner, name, value)
+
+
+def copy_graph_module(gm: GraphModule) -> GraphModule:
+    """Copy graph and module tree; tensors are shared by reference, node ``meta`` one level deep."""
+    graph = torch.fx.Graph()
+    env: dict[Node, Node] = {}
+    result = graph.graph_copy(gm.graph, env)
+    output = next(iter(reversed(gm.graph.nodes)))
+    graph.output(result)
+    next(iter(reversed(graph.nodes))).meta = dict(output.meta)
+    copied = GraphModule(gm, graph, class_name=type(gm).__name__)
+    # GraphModule copies referenced attributes only and forgets which buffers are not persistent.
+    for name, module in gm.named_modules():
+        if name and module._non_persistent_buffers_set:
+            try:
+                copied.get_submodule(name)._non_persistent_buffers_set |= module._non_persistent_buffers_set
+            except AttributeError:
+                continue
+    copied._non_persistent_buffers_set |= gm._non_persistent_buffers_set
+    return copied

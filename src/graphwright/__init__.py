@@ -1,0 +1,1 @@
+"""Compression and acceleration of PyTorch models on one captured graph."""
