@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Or name another interpreter: make venv PYTHON=/path/to/python3" >&2; \
 	  exit 1; \
 	fi
-	$(BIN)/python -m pip install $(PIP_ARGS) --quiet $(TORCH)
+	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint constraints.txt $(TORCH)
 	$(BIN)/python -m pip install $(PIP_ARGS) --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
