@@ -1,0 +1,86 @@
+"""One rule per operator, by family; `rule_for` finds it, `register_rule` adds one for a foreign operator."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from . import attention, convolution, creation, elementwise, indexing, linear, normalisation, recurrent, reduction, shape
+from .base import Analysis, AxesRule, Dims, Resizer, Value
+from .base import Label as Label
+
+_FAMILIES = (elementwise, linear, convolution, normalisation, attention, reduction, shape, indexing, creation, recurrent)
+
+# Rules of ATen operators by the operator's name without overload and without the underscore of in-place forms.
+ATEN: dict[str, AxesRule] = {name: rule for family in _FAMILIES for name, rule in family.RULES.items()}
+
+_foreign: dict[Any, AxesRule] = {}
+_found: dict[Any, AxesRule | None] = {}
+_POINTWISE = AxesRule(elementwise.broadcast)
+
+
+def register_rule(
+    target: Callable[..., Any],
+    axes: Callable[[Analysis, Node], Value],
+    resize: Callable[[Resizer, Node], None] | None = None,
+) -> None:
+    """Teach the analysis an operator of your own.
+
+    Args:
+        target: The operator as it stands in the graph, such as ``torch.ops.mylib.scale.default``.
+        axes: Given the analysis and a node, returns the dims of the node's value: one `Axis` a dimension, a tuple of
+            those for several outputs. It reads operands with ``analysis.of(node.args[i])``, ties dimensions with
+            ``analysis.unify``, and freezes what must stay with ``analysis.freeze(axis, "why")``.
+        resize: Rewrites the node's literal arguments from ``resizer.size(axis)``, where they hold a size.
+
+    Raises:
+        ValueError: The operator has a rule already.
+    """
+    if rule_for(target) is not None:
+        raise ValueError(f"{target} has a rule already")
+    _foreign[target] = AxesRule(axes, resize)
+    _found.pop(target, None)
+
+
+def unregister_rule(target: Callable[..., Any]) -> None:
+    """Forget a rule added by `register_rule`."""
+    _foreign.pop(target, None)
+    _found.pop(target, None)
+
+
+def rule_for(target: Any) -> AxesRule | None:
+    """Return the rule of an operator, None where there is none and everything it touches must freeze."""
+    if target not in _found:
+        _found[target] = _look_up(target)
+    return _found[target]
+
+
+def _look_up(target: Any) -> AxesRule | None:
+    if target in _foreign:
+        return _foreign[target]
+    if target is operator.getitem:
+        return AxesRule(_getitem)
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    special = shape.RULES_BY_OVERLOAD.get(str(target))
+    if special is not None:
+        return special
+    name = target._schema.name.split("::")[1]
+    if name not in ATEN and name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    if name in ATEN:
+        return ATEN[name]
+    return _POINTWISE if torch.Tag.pointwise in target.tags else None
+
+
+def _getitem(an: Analysis, node: Node) -> Value:
+    source = node.args[0]
+    value = an.dims.get(source) if isinstance(source, Node) else None
+    return None if value is None else value[node.args[1]]
+
+
+__all__ = ["ATEN", "Analysis", "AxesRule", "Dims", "Resizer", "Value", "register_rule", "rule_for", "unregister_rule"]

@@ -1,0 +1,211 @@
+"""Resize: the only way a tensor shrinks.
+
+`resize` takes the indices that stay in each coupling group, makes new parameters and buffers, lets every operator's
+rule rewrite its literals, re-derives every recorded shape on fake tensors, and returns the removal record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .axes import Axis
+from .depgraph import DepGraph, check_keep, depgraph
+from .errors import PreconditionError, VerificationError
+from .program import Program, get_tensor, set_tensor
+from .rules import Resizer, rule_for
+from .rules.base import is_tensor
+from .verify import replay
+
+
+@dataclass(frozen=True)
+class TensorCut:
+    """What stays of one dimension of one tensor: ``kept`` indices of the ``of`` it had."""
+
+    kept: tuple[int, ...]
+    of: int
+
+
+@dataclass(frozen=True)
+class RemovalRecord:
+    """Which indices stayed, by group and by tensor.
+
+    Attributes:
+        groups: Kept indices and old size by group name.
+        tensors: Tensor name to dimension to cut; every name of a tied tensor is listed.
+    """
+
+    groups: Mapping[str, TensorCut] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[int, TensorCut]] = field(default_factory=dict)
+
+    def apply(self, name: str, tensor: Tensor) -> Tensor:
+        """Cut one tensor of a checkpoint (or of optimiser state of the same shape) the way this record says.
+
+        Raises:
+            PreconditionError: The tensor does not have the size the record was made for.
+        """
+        return cut_tensor(name, tensor, self.tensors.get(name, {}))
+
+    def then(self, later: RemovalRecord) -> RemovalRecord:
+        """Return the record of this removal followed by ``later``, in terms of the original indices."""
+        tensors: dict[str, dict[int, TensorCut]] = {n: dict(d) for n, d in self.tensors.items()}
+        for name, dims in later.tensors.items():
+            for dim, cut in dims.items():
+                first = tensors.setdefault(name, {}).get(dim)
+                tensors[name][dim] = cut if first is None else TensorCut(tuple(first.kept[i] for i in cut.kept), first.of)
+        groups = dict(self.groups)
+        for name, cut in later.groups.items():
+            first = groups.get(name)
+            groups[name] = cut if first is None else TensorCut(tuple(first.kept[i] for i in cut.kept), first.of)
+        return RemovalRecord(groups, tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data; kept indices as ``[start, stop]`` runs."""
+        return {
+            "groups": {n: {"kept": _runs(c.kept), "of": c.of} for n, c in self.groups.items()},
+            "tensors": {n: {str(d): {"kept": _runs(c.kept), "of": c.of} for d, c in dims.items()} for n, dims in self.tensors.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RemovalRecord:
+        """Read what `to_json` wrote."""
+        groups = {n: TensorCut(_unrun(c["kept"]), c["of"]) for n, c in data["groups"].items()}
+        tensors = {
+            n: {int(d): TensorCut(_unrun(c["kept"]), c["of"]) for d, c in dims.items()} for n, dims in data["tensors"].items()
+        }
+        return cls(groups, tensors)
+
+
+def _runs(kept: Sequence[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for i in kept:
+        if runs and runs[-1][1] == i:
+            runs[-1][1] = i + 1
+        else:
+            runs.append([int(i), int(i) + 1])
+    return runs
+
+
+def _unrun(runs: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(i for start, stop in runs for i in range(start, stop))
+
+
+def cut_tensor(name: str, tensor: Tensor, dims: Mapping[int, TensorCut]) -> Tensor:
+    """Return ``tensor`` with only the kept indices, always in memory of its own; a parameter stays one."""
+    out = tensor.detach()
+    for dim, cut in dims.items():
+        if tensor.shape[dim] != cut.of:
+            raise PreconditionError(
+                f"'{name}' has size {tensor.shape[dim]} in dimension {dim}, the record was made for {cut.of}; "
+                "use the checkpoint the removal was planned on"
+            )
+        out = out.index_select(dim, torch.tensor(cut.kept, device=tensor.device))
+    if not dims:
+        return tensor
+    return nn.Parameter(out, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else out
+
+
+def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = None) -> RemovalRecord:
+    """Remove, in place, all indices of the named coupling groups but those to keep.
+
+    The program's tensors are replaced, never written into. If anything is inconsistent the program is as it was.
+
+    Args:
+        program: What to shrink.
+        keep: Group name to the sorted indices that stay.
+        graph: The program's `depgraph`, if it was made already.
+
+    Returns:
+        What stayed, by group and by tensor; replayable on the module, on checkpoints, on optimiser state.
+
+    Raises:
+        PreconditionError: A group or an index does not exist, or a group norm would not divide its channels.
+        VerificationError: The rewritten graph is inconsistent (a bug of an operator's rule).
+    """
+    graph = graph or depgraph(program)
+    if graph.program is not program:
+        raise PreconditionError("the coupling analysis is of another program; call depgraph on this one")
+    kept = check_keep(graph, dict(keep))
+    rz = Resizer(graph.analysis, kept)
+    for constraint in graph.analysis.constraints:
+        left = rz.size(constraint.axis)
+        if rz.changed(constraint.axis) and left % constraint.groups:
+            raise PreconditionError(
+                f"{left} channels would be left for %{constraint.node.name} = {constraint.node.target}, which normalises them in "
+                f"{constraint.groups} groups; remove a multiple of the group's step"
+            )
+    old = program.graph_module
+    work = program.copy()
+    new_of = dict(zip(old.graph.nodes, work.graph_module.graph.nodes, strict=True))
+    tensors = _cut_tensors(graph, rz, work)
+    for node, twin in new_of.items():
+        if node.op == "call_function":
+            rule = rule_for(node.target)
+            if rule is not None and rule.resize is not None:
+                rule.resize(_OnCopy(rz, new_of), twin)
+    replay(work.graph_module, check=False)
+    _compare_sizes(rz, new_of)
+    work.graph_module.graph.lint()
+    work.graph_module.recompile()
+    program.graph_module = work.graph_module
+    program.version += 1
+    groups = {
+        name: TensorCut(tuple(np.asarray(rz.kept(graph[name].axis)).tolist()), graph[name].size)
+        for name in keep
+        if rz.changed(graph[name].axis)
+    }
+    return RemovalRecord(groups, tensors)
+
+
+class _OnCopy(Resizer):
+    """A resizer for the copied graph: the axes are those of the original nodes."""
+
+    def __init__(self, rz: Resizer, new_of: Mapping[Any, Any]) -> None:
+        super().__init__(rz.analysis, rz._kept)
+        self._memo = rz._memo
+        self._old_of = {twin: node for node, twin in new_of.items()}
+
+    def of(self, arg: object) -> tuple[Axis, ...]:
+        return super().of(self._old_of.get(arg, arg))
+
+
+def _cut_tensors(graph: DepGraph, rz: Resizer, work: Program) -> dict[str, dict[int, TensorCut]]:
+    gm = work.graph_module
+    made: dict[int, Tensor] = {}
+    record: dict[str, dict[int, TensorCut]] = {}
+    for node in graph.program.nodes:
+        dims = graph.analysis.dims.get(node)
+        if node.op != "get_attr" or not dims or str(node.target) in record:
+            continue
+        cuts = {
+            d: TensorCut(tuple(k.tolist()), int(axis.size)) for d, axis in enumerate(dims) if (k := rz.kept(axis)) is not None
+        }
+        if not cuts:
+            continue
+        name = str(node.target)
+        tensor = get_tensor(gm, name)
+        assert tensor is not None
+        if id(tensor) not in made:
+            made[id(tensor)] = cut_tensor(name, tensor, cuts)
+        record[name] = cuts
+        set_tensor(gm, name, made[id(tensor)])
+    return record
+
+
+def _compare_sizes(rz: Resizer, new_of: Mapping[Any, Any]) -> None:
+    """Each node's new shape must be what its axes say: two independent derivations of it."""
+    for node, twin in new_of.items():
+        dims, value = rz.analysis.dims.get(node), twin.meta.get("val")
+        if not dims or not is_tensor(value) or not isinstance(dims[0], Axis):
+            continue
+        for axis, size in zip(dims, value.shape, strict=True):
+            want = rz.size(axis)
+            if type(want) is int and type(size) is int and want != size:
+                raise VerificationError(
+                    f"the axes say {[str(rz.size(a)) for a in dims]}, the operator gives {list(map(str, value.shape))}", twin
+                )

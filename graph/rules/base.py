@@ -1,0 +1,232 @@
+"""What an operator rule is, and the two contexts it works in.
+
+A rule knows two things, side by side: `axes`, how the operator's dimensions relate, and `resize`, how its
+literal arguments change when axes shrink. It need not know more: shapes follow from the axes, tensors are cut
+by `graphwright.graph.resize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..axes import Axes, Axis, Size, factors, find, pieces
+
+Dims = tuple[Axis, ...]
+# The dims of a node's value: one tensor's, a tuple of those for several outputs, None for what is no tensor.
+Value = Any
+
+
+class AxesRule(NamedTuple):
+    """The two halves of one operator's rule. ``resize`` is None where no literal depends on a size."""
+
+    axes: Callable[[Analysis, Node], Value]
+    resize: Callable[[Resizer, Node], None] | None = None
+
+
+def sizes(tensor: Tensor) -> tuple[Size, ...]:
+    """Return the shape with dynamic sizes as symbolic expressions (comparing SymInts would add guards)."""
+    return tuple(s if type(s) is int else s.node.expr for s in tensor.shape)
+
+
+class Constraint(NamedTuple):
+    """The kept size of ``axis`` must stay a multiple of ``groups`` (group normalisation)."""
+
+    axis: Axis
+    groups: int
+    node: Node
+
+
+class Label(NamedTuple):
+    """A statistic over ``axis`` is computed at ``node``: removal changes it."""
+
+    axis: Axis
+    text: str
+    node: Node
+
+
+class Analysis(Axes):
+    """Assigns dims to nodes while walking the graph once, in topological order.
+
+    Attributes:
+        dims: What every node's value is made of.
+        labels: Statistics that run over an axis (removal is ``renormalised``, not ``exact``).
+        sums: Plain sums over an axis: exact only if what is summed is zero where the axis is masked.
+        roles: What an axis is to an attention: ``head``, ``head group``, ``head dim``, ``value dim``.
+        constraints: Divisibility of normalised dimensions.
+        unknown: Nodes whose operator has no rule; all they touch is frozen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dims: dict[Node, Value] = {}
+        self.labels: list[Label] = []
+        self.sums: list[Label] = []
+        self.roles: list[tuple[Axis, str]] = []
+        self.constraints: list[Constraint] = []
+        self.unknown: list[Node] = []
+        self.weights: set[Node] = set()
+
+    def of(self, arg: object) -> Dims:
+        """Return the dims of a tensor-valued argument; a number has none."""
+        if isinstance(arg, Node):
+            value = self.dims.get(arg)
+            return value if value is not None else ()
+        return ()
+
+    def fresh(self, tensor: Tensor, frozen: str | None = None) -> Dims:
+        """Make new leaves for a tensor of this shape."""
+        return tuple(self.leaf(size, frozen) for size in sizes(tensor))
+
+    def label(self, axis: Axis, text: str) -> None:
+        """Say that a statistic runs over ``axis`` at the current node."""
+        assert self.node is not None
+        self.labels.append(Label(axis, text, self.node))
+
+    def sum_over(self, axis: Axis) -> None:
+        """Say that the current node sums over ``axis``."""
+        assert self.node is not None
+        self.sums.append(Label(axis, "sum", self.node))
+
+    def role(self, axis: Axis, role: str) -> None:
+        """Say what ``axis`` is to an attention."""
+        self.roles.append((axis, role))
+
+    def divisible(self, axis: Axis, groups: int) -> None:
+        """Constrain the kept size of ``axis`` to multiples of ``groups``."""
+        assert self.node is not None
+        if groups > 1:
+            self.constraints.append(Constraint(axis, groups, self.node))
+
+    def is_weight(self, arg: object) -> bool:
+        """Whether ``arg`` is computed from parameters and constants alone."""
+        return isinstance(arg, Node) and arg in self.weights
+
+    def broadcast(self, operands: Sequence[Dims], out: Sequence[Size]) -> Dims:
+        """Unify right-aligned dims; a size of 1 stretches and is no relation."""
+        result: list[Axis | None] = [None] * len(out)
+        for dims in operands:
+            shift = len(out) - len(dims)
+            for i, axis in enumerate(dims):
+                if find(axis).size == out[shift + i]:
+                    known = result[shift + i]
+                    if known is None:
+                        result[shift + i] = axis
+                    else:
+                        self.unify(known, axis)
+        return tuple(self.leaf(size) if axis is None else axis for axis, size in zip(result, out, strict=True))
+
+
+class Resizer:
+    """What an operator's literals are rewritten with, once it is known which indices stay.
+
+    Args:
+        analysis: The axes of the program before the removal.
+        kept: Kept indices of each shrunk leaf (by representative), sorted.
+    """
+
+    def __init__(self, analysis: Analysis, kept: Mapping[Axis, np.ndarray]) -> None:
+        self.analysis = analysis
+        self._kept = kept
+        self._memo: dict[Axis, np.ndarray | None] = {}
+
+    def of(self, arg: object) -> Dims:
+        """Return the dims of a tensor-valued argument before the removal."""
+        return self.analysis.of(arg)
+
+    def kept(self, axis: Axis) -> np.ndarray | None:
+        """Return the kept indices of ``axis``; None when all stay."""
+        root = find(axis)
+        if root in self._kept:
+            return self._kept[root]
+        if not root.parts:
+            return None
+        if root not in self._memo:
+            self._memo[root] = self._kept_composite(root)
+        return self._memo[root]
+
+    def changed(self, axis: Axis) -> bool:
+        """Whether any index of ``axis`` goes."""
+        return self.kept(axis) is not None
+
+    def size(self, axis: Axis) -> Size:
+        """Return the size of ``axis`` after the removal."""
+        kept = self.kept(axis)
+        return find(axis).size if kept is None else len(kept)
+
+    def prefix(self, axis: Axis, offset: int) -> int:
+        """Return how many of the first ``offset`` indices of ``axis`` stay."""
+        kept = self.kept(axis)
+        return offset if kept is None else int(np.searchsorted(kept, offset))
+
+    def _kept_composite(self, root: Axis) -> np.ndarray | None:
+        from ..axes import CONCAT
+
+        parts = pieces(root) if root.kind == CONCAT else factors(root)
+        kept = [self.kept(part) for part in parts]
+        if all(k is None for k in kept):
+            return None
+        filled = [np.arange(p.size) if k is None else k for p, k in zip(parts, kept, strict=True)]
+        if root.kind == CONCAT:
+            offsets = np.cumsum([0, *(p.size for p in parts[:-1])])
+            return np.concatenate([k + o for k, o in zip(filled, offsets, strict=True)])
+        out = filled[0]
+        for part, k in zip(parts[1:], filled[1:], strict=True):
+            out = (out[:, None] * part.size + k[None, :]).reshape(-1)
+        return out
+
+
+def axis_index(dim: int, rank: int) -> int:
+    """Return a non-negative dimension."""
+    return dim % rank if rank else 0
+
+
+def arg(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """Return an argument given by position or by name."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def set_arg(node: Node, index: int, name: str, value: Any) -> None:
+    """Set an argument that was given by position or by name."""
+    if len(node.args) > index:
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def out_sizes(node: Node) -> tuple[Size, ...]:
+    """Return the shape of a single-tensor node."""
+    return sizes(node.meta["val"])
+
+
+def resize_shape(index: int, name: str) -> Callable[[Resizer, Node], None]:
+    """Make a ``resize`` for an operator with the shape of its result as argument ``index``."""
+
+    def resize(rz: Resizer, node: Node) -> None:
+        dims = rz.of(node)
+        shape = arg(node, index, name)
+        if shape is None or not any(rz.changed(axis) for axis in dims):
+            return
+        shape = list(shape) if isinstance(shape, (list, tuple)) else [*node.args[index:]]
+        new = []
+        for size, axis in zip(shape, dims, strict=True):
+            if not rz.changed(axis) or size == -1:
+                new.append(size)
+            else:
+                # A computed size (batch times heads) cannot be written as a literal: let the operator infer it.
+                new.append(rz.size(axis) if isinstance(size, int) else -1)
+        set_arg(node, index, name, new)
+
+    return resize
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a recorded value is one tensor."""
+    return isinstance(value, torch.Tensor)

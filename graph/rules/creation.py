@@ -1,0 +1,47 @@
+"""Tensors made from nothing. Constant fills resize; what depends on positions freezes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Node
+
+from .base import Analysis, AxesRule, Dims, resize_shape
+
+POSITIONS = "values made from positions"
+
+
+def fill(an: Analysis, node: Node) -> Dims:
+    """The same value everywhere: any index may go."""
+    return an.fresh(node.meta["val"])
+
+
+def positional(an: Analysis, node: Node) -> Dims:
+    """``arange``, ``eye`` and relatives: the value at an index is the index."""
+    return an.fresh(node.meta["val"], POSITIONS)
+
+
+def random(an: Analysis, node: Node) -> Dims:
+    """Random numbers: another size draws others."""
+    return an.fresh(node.meta["val"], "random numbers of this size are drawn")
+
+
+def frozen(reason: str) -> Callable[[Analysis, Node], Dims]:
+    """Make the axes half of an operator that is deliberately not followed."""
+
+    def axes(an: Analysis, node: Node) -> Dims:
+        for n in node.all_input_nodes:
+            an.freeze_all(an.of(n), reason)
+        return an.fresh(node.meta["val"], reason)
+
+    return axes
+
+
+RULES: dict[str, AxesRule] = {
+    **{name: AxesRule(fill, resize_shape(0, "size")) for name in ("zeros", "ones", "full", "empty", "empty_permuted")},
+    **{name: AxesRule(fill, resize_shape(1, "size")) for name in ("new_zeros", "new_ones", "new_full", "new_empty")},
+    **{name: AxesRule(positional) for name in ("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "tensor")},
+    **{name: AxesRule(random) for name in ("rand", "randn", "randint", "randperm", "normal_functional")},
+    "meshgrid": AxesRule(frozen("positions")),
+    "one_hot": AxesRule(frozen("classes")),
+}

@@ -1,0 +1,134 @@
+"""Products of matrices: linear layers, matmul, einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from ..axes import Axis
+from .base import Analysis, AxesRule, Dims, arg, out_sizes
+
+SUMMED_ACTIVATIONS = "contraction of two activations"
+
+
+def linear(an: Analysis, node: Node) -> Dims:
+    """``x[..., i] weight[o, i] bias[o]``."""
+    x, weight = an.of(arg(node, 0, "input")), an.of(arg(node, 1, "weight"))
+    an.unify(x[-1], weight[-1])
+    if len(weight) == 1:
+        return x[:-1]
+    bias = an.of(arg(node, 2, "bias"))
+    if bias:
+        an.unify(weight[0], bias[0])
+    _sum_over(an, x[-1], node.args[:2])
+    return (*x[:-1], weight[0])
+
+
+def matmul(an: Analysis, node: Node) -> Dims:
+    """``[..., n, k] @ [..., k, m]`` with broadcast batch dimensions; vectors as in ``torch.matmul``."""
+    a, b = an.of(node.args[0]), an.of(node.args[1])
+    return _matmul(an, node, a, b)
+
+
+def _matmul(an: Analysis, node: Node, a: Dims, b: Dims) -> Dims:
+    k_of_b = b[-2] if len(b) > 1 else b[-1]
+    an.unify(a[-1], k_of_b)
+    _sum_over(an, a[-1], node.args[:2])
+    rows = a[-2:-1] if len(a) > 1 else ()
+    columns = b[-1:] if len(b) > 1 else ()
+    rank = len(out_sizes(node)) - len(rows) - len(columns)
+    batch = an.broadcast([a[:-2], b[:-2]], out_sizes(node)[:rank])
+    if not (an.is_weight(node.args[0]) or an.is_weight(node.args[1])):
+        # Both operands are activations: an attention written out.
+        for axis in (*a[:-2], *b[:-2]):
+            an.role(axis, "head")
+        an.role(a[-1], "head dim")
+        if columns:
+            an.role(columns[0], "value dim")
+    return (*batch, *rows, *columns)
+
+
+def addmm(an: Analysis, node: Node) -> Dims:
+    """``bias + a @ b`` and its batched form."""
+    bias, a, b = (an.of(n) for n in node.args[:3])
+    an.unify(a[-1], b[-2])
+    _sum_over(an, a[-1], node.args[1:3])
+    sizes = out_sizes(node)
+    out = (*an.broadcast([a[:-2], b[:-2]], sizes[:-2]), a[-2], b[-1])
+    if len(a) > 2 and not an.is_weight(node.args[2]):
+        an.role(a[0], "head")
+        an.role(a[-1], "head dim")
+        an.role(b[-1], "value dim")
+    return an.broadcast([out, bias], sizes)
+
+
+def outer(an: Analysis, node: Node) -> Dims:
+    """``a[n] b[m] -> [n, m]``."""
+    return (an.of(node.args[0])[0], an.of(node.args[1])[0])
+
+
+def bilinear(an: Analysis, node: Node) -> Dims:
+    """``x1[..., i] weight[o, i, j] x2[..., j]``."""
+    x1, x2, weight = (an.of(n) for n in node.args[:3])
+    an.unify(x1[-1], weight[1])
+    an.unify(x2[-1], weight[2])
+    bias = an.of(arg(node, 3, "bias"))
+    if bias:
+        an.unify(weight[0], bias[0])
+    lead = an.broadcast([x1[:-1], x2[:-1]], out_sizes(node)[:-1])
+    return (*lead, weight[0])
+
+
+def einsum(an: Analysis, node: Node) -> Dims:
+    """Equal letters are equal axes; a letter that does not come out is summed over."""
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str) and isinstance(operands, (list, tuple))
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if "." in equation or "->" not in equation:
+        for operand in operands:
+            an.freeze_all(an.of(operand), "an einsum with an ellipsis or no output is not followed")
+        return an.fresh(node.meta["val"], "an einsum with an ellipsis or no output is not followed")
+    letters: dict[str, Axis] = {}
+    for term, operand in zip(terms, operands, strict=True):
+        for letter, axis in zip(term, an.of(operand), strict=True):
+            known = letters.get(letter)
+            if known is None or (known.size == 1 and axis.size != 1):
+                letters[letter] = axis
+            elif axis.size == known.size:
+                an.unify(known, axis)
+    activations = not any(an.is_weight(operand) for operand in operands)
+    for letter, axis in letters.items():
+        holders = [operand for term, operand in zip(terms, operands, strict=True) if letter in term]
+        if letter not in output:
+            _sum_over(an, axis, holders)
+            if activations and len(holders) > 1:
+                an.role(axis, "head dim")
+        elif activations and len(holders) == len(operands) > 1:
+            an.role(axis, "head")
+        elif activations and len(holders) == 1 and len(operands) > 1 and letter in terms[-1]:
+            an.role(axis, "value dim")
+    return tuple(letters[letter] for letter in output)
+
+
+def _sum_over(an: Analysis, axis: Axis, operands: Sequence[object]) -> None:
+    """A contraction with a weight is exact: the weight's slice goes. One of two activations needs a zero."""
+    if not any(an.is_weight(operand) for operand in operands):
+        an.sum_over(axis)
+
+
+RULES: dict[str, AxesRule] = {
+    "linear": AxesRule(linear),
+    "matmul": AxesRule(matmul),
+    "mm": AxesRule(matmul),
+    "bmm": AxesRule(matmul),
+    "mv": AxesRule(matmul),
+    "dot": AxesRule(matmul),
+    "addmm": AxesRule(addmm),
+    "baddbmm": AxesRule(addmm),
+    "outer": AxesRule(outer),
+    "ger": AxesRule(outer),
+    "bilinear": AxesRule(bilinear),
+    "einsum": AxesRule(einsum),
+}
