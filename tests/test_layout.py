@@ -83,6 +83,16 @@ def test_links_mirror_the_mapping() -> None:
     assert links == BARE, "a link without a line under [tool.setuptools.package-dir] is not installed"
 
 
+def test_checkers_know_every_folder() -> None:
+    pyright, ruff = PROJECT["tool"]["pyright"], PROJECT["tool"]["ruff"]["lint"]
+    assert BARE <= set(pyright["include"]), "pyright does not check what only a link leads to"
+    assert {f"src/graphwright/{name}" for name in BARE} <= set(pyright["exclude"]), (
+        "it would check files twice"
+    )
+    assert set(ruff["flake8-tidy-imports"]["banned-api"]) == BARE
+    assert {f"{{{','.join(f.name for f in FOLDERS.values())}}}/**"} == set(ruff["per-file-ignores"])
+
+
 def test_no_generic_top_level_module() -> None:
     # From the root on purpose: there the folders could be imported under their bare names.
     run_python(
