@@ -1,4 +1,4 @@
-"""Imports point one way: graph <- frontends, passes, backends <- tools; and no two modules need each other."""
+"""Imports point one way: graph <- frontends, passes, backends <- tools; no two modules need each other."""
 
 import ast
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Import:
         module: Its absolute dotted name, in parts.
         line: Where the statement is.
         relative: Whether the statement starts with a dot.
-        eager: Whether the import runs when the file is imported: not in a function, not for type checkers only.
+        eager: Whether it runs when the file is imported: not inside a function, not under ``TYPE_CHECKING``.
     """
 
     module: tuple[str, ...]
