@@ -16,7 +16,8 @@ from .program import Program, get_tensor
 def verify(program: Program) -> None:
     """Check structure, then replay the graph on fake tensors and compare with every ``meta["val"]``.
 
-    Nothing is computed on real data and no device is needed. Cost is linear in the number of nodes.
+    Nothing is computed on real data and no device is needed. Dynamic dimensions take their example sizes, unless the
+    graph has sizes that depend on data, which only a symbolic replay can follow. Linear in the number of nodes.
 
     Raises:
         VerificationError: The graph is malformed, a node has no ``val``, an operator does not accept the shapes
@@ -27,30 +28,29 @@ def verify(program: Program) -> None:
         gm.graph.lint()
     except (RuntimeError, ValueError) as err:
         raise VerificationError(str(err).splitlines()[0]) from err
-    placeholders = sum(node.op == "placeholder" for node in gm.graph.nodes)
-    if placeholders != len(program.inputs):
-        raise VerificationError(f"the graph has {placeholders} inputs, the program says {len(program.inputs)}")
-    replay(gm, check=True)
-
-
-def replay(gm: GraphModule, check: bool) -> None:
-    """Run the graph on fake tensors; compare with ``meta["val"]`` (``check``) or record it there."""
-    mode = fake_mode(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(program.inputs):
+        raise VerificationError(f"the graph has {len(placeholders)} inputs, the program says {len(program.inputs)}")
+    outputs = next(iter(reversed(gm.graph.nodes))).args[0]
+    leaves = program.out_spec.num_leaves
+    if not isinstance(outputs, (tuple, list)) or len(outputs) != leaves:
+        raise VerificationError(f"the graph returns {outputs}, the program's output structure has {leaves} leaves")
+    symbolic = any("unbacked_bindings" in node.meta for node in gm.graph.nodes)
+    mode = fake_mode(gm) if symbolic else FakeTensorMode(allow_non_fake_inputs=True)
     env: dict[Node, Any] = {}
+    examples = iter(program.example)
     with mode, torch.no_grad():
         for node in gm.graph.nodes:
             if node.op == "placeholder":
-                value = node.meta.get("val")
+                example = next(examples)
+                value = node.meta.get("val") if symbolic else _fake(mode, example)
             elif node.op == "get_attr":
-                value = _fake_attribute(gm, node, mode)
+                value = _attribute(gm, node, mode)
             elif node.op == "output":
                 break
             else:
                 value = _run(gm, node, env)
-            if check and node.op in ("call_function", "get_attr"):
-                _compare(node, value)
-            elif not check and node.op != "placeholder":
-                node.meta["val"] = value
+            _compare(node, value)
             env[node] = value
 
 
@@ -63,14 +63,13 @@ def fake_mode(gm: GraphModule) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _fake_attribute(gm: GraphModule, node: Node, mode: FakeTensorMode) -> Any:
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+
+
+def _attribute(gm: GraphModule, node: Node, mode: FakeTensorMode) -> Any:
     tensor = get_tensor(gm, str(node.target))
-    if tensor is None:
-        return node.meta.get("val")
-    recorded = node.meta.get("val")
-    if isinstance(recorded, FakeTensor) and recorded.fake_mode is mode and _signature(recorded) == _signature(tensor):
-        return recorded  # the same shape: nothing to make anew
-    return mode.from_tensor(tensor, static_shapes=True)
+    return node.meta.get("val") if tensor is None else _fake(mode, tensor)
 
 
 def _run(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
@@ -85,29 +84,27 @@ def _run(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
         raise
     # A foreign operator may refuse its inputs with any exception; each is a finding about this graph.
     except Exception as err:
-        shapes = [list(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(env.get(n), Tensor)]
+        shapes = [list(env[n].shape) for n in node.all_input_nodes if isinstance(env.get(n), Tensor)]
         message = next(iter(str(err).splitlines()), type(err).__name__)
         raise VerificationError(f"{message} (argument shapes {shapes})", node) from err
 
 
-def _signature(value: Tensor) -> tuple[tuple[str, ...], torch.dtype]:
-    return tuple(map(str, value.shape)), value.dtype
-
-
 def _compare(node: Node, value: Any) -> None:
     recorded = node.meta.get("val")
-    if recorded is None and value is not None:
+    if recorded is None and isinstance(value, (Tensor, tuple, list)):
         raise VerificationError("the node has no meta['val']", node)
     pairs = zip(value, recorded, strict=True) if isinstance(value, (tuple, list)) else [(value, recorded)]
     for got, want in pairs:
         if isinstance(got, Tensor) and isinstance(want, Tensor) and not _same(got, want):
             raise VerificationError(
-                f"meta['val'] says {list(want.shape)} {want.dtype}, the operator gives {list(got.shape)} {got.dtype}", node
+                f"meta['val'] says {list(map(str, want.shape))} {want.dtype}, "
+                f"the operator gives {list(map(str, got.shape))} {got.dtype}",
+                node,
             )
 
 
 def _same(got: Tensor, want: Tensor) -> bool:
     if got.dtype is not want.dtype or got.dim() != want.dim():
         return False
-    # Symbolic sizes are compared by equality only where both are plain; a data-dependent size is new each time.
+    # A dynamic dimension has its example size in the replay and a symbol on record.
     return all(a == b for a, b in zip(got.shape, want.shape, strict=True) if type(a) is int and type(b) is int)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..axes import Axes, Axis, Size, factors, find, pieces
+from ..axes import CONCAT, Axes, Axis, Size, factors, find, pieces
 
 Dims = tuple[Axis, ...]
 # The dims of a node's value: one tensor's, a tuple of those for several outputs, None for what is no tensor.
@@ -165,12 +165,13 @@ class Resizer:
         return offset if kept is None else int(np.searchsorted(kept, offset))
 
     def _kept_composite(self, root: Axis) -> np.ndarray | None:
-        from ..axes import CONCAT
-
         parts = pieces(root) if root.kind == CONCAT else factors(root)
         kept = [self.kept(part) for part in parts]
         if all(k is None for k in kept):
             return None
+        if type(root.size) is not int:
+            # Batch times heads: there are no indices to list, only that it changed. Literals infer such a size.
+            return np.zeros(0, dtype=np.int64)
         filled = [np.arange(p.size) if k is None else k for p, k in zip(parts, kept, strict=True)]
         if root.kind == CONCAT:
             offsets = np.cumsum([0, *(p.size for p in parts[:-1])])
