@@ -8,13 +8,21 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-from . import torch_cnn, torch_models, transformers_models
+from . import (
+    diffusers_models,
+    torch_cnn,
+    torch_models,
+    transformers_models,
+    transformers_more,
+    transformers_vision,
+)
 from .entry import Case, Entry, seeded_init, tensors
 
 __all__ = ["ZOO", "Case", "Entry", "entries", "missing", "seeded_init", "tensors"]
 
 ZOO: dict[str, Entry] = {}
-for _module in (torch_models, torch_cnn, transformers_models):
+for _module in (torch_models, torch_cnn, transformers_models, transformers_more, transformers_vision,
+                diffusers_models):
     for _entry in _module.ENTRIES:
         if _entry.name in ZOO:
             raise ValueError(f"the zoo has two entries named {_entry.name}")

@@ -103,7 +103,7 @@ def case(model: nn.Module, make: Callable[[int], Any], *, seed: int = 0, dynamic
     """
     if init:
         seeded_init(model, seed)
-    model.eval().requires_grad_(True)
+    model.eval()
 
     def inputs(batch: int) -> Inputs:
         made = make(batch)
@@ -112,7 +112,33 @@ def case(model: nn.Module, make: Callable[[int], Any], *, seed: int = 0, dynamic
         return (made if isinstance(made, tuple) else (made,)), {}
 
     args, kwargs = inputs(2)
+    if init:
+        _wake(model, args, kwargs)
     return Case(model, args, kwargs, dynamic, inputs(3) if second else None)
+
+
+def _wake(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int = 6) -> None:
+    """Raise the biases that have no influence on the output: rectified units that no example input reaches.
+
+    A unit that is always off would let a wrongly removed neighbour pass unseen.
+    """
+    for turn in range(rounds):
+        gen = source(77)
+        outputs = [out for out in tensors(model(*args, **kwargs)) if out.requires_grad]
+        if not outputs:
+            return
+        sum((out * torch.randn(out.shape, generator=gen)).sum() for out in outputs).backward()
+        changed = False
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "bias" in name and parameter.ndim == 1 and parameter.grad is not None:
+                    asleep = parameter.grad == 0
+                    if asleep.any() and (turn < 2 or not asleep.all()):
+                        parameter += 0.5 * 2 ** turn * asleep
+                        changed = True
+        model.zero_grad(set_to_none=True)
+        if not changed:
+            return
 
 
 def _signed(shape: torch.Size, low: float, high: float, gen: torch.Generator) -> torch.Tensor:

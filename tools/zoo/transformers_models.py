@@ -47,12 +47,12 @@ def llama(kv: int, heads: int = 6, attention: str = "sdpa", mask: bool = True, *
     return build
 
 
-def decoder(name: str, **more: Any) -> Callable[[], Case]:
+def decoder(name: str, config: str = "", **more: Any) -> Callable[[], Case]:
     """A Llama-shaped causal model of another name: width 42, 6 query heads of 8, 2 key/value heads."""
     def build() -> Case:
         values = dict(vocab_size=VOCAB, hidden_size=42, intermediate_size=56, num_hidden_layers=2,
                       num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=32, **SPECIAL)
-        return text(make(f"{name}ForCausalLM", f"{name}Config", **(values | more)))
+        return text(make(f"{name}ForCausalLM", config or f"{name}Config", **(values | more)))
     return build
 
 
@@ -125,8 +125,8 @@ def whisper(encoder: bool) -> Callable[[], Case]:
 
 
 def mixtral() -> Case:
-    """Mixtral: 4 experts, 2 per token, routed by softmax over the experts."""
-    return decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2, head_dim=8)()
+    """Mixtral: 4 experts, 2 per token; the grouped product wants widths that are multiples of 4."""
+    return decoder("Mixtral", hidden_size=60, num_local_experts=4, num_experts_per_tok=2, head_dim=8)()
 
 
 def mamba() -> Case:
