@@ -84,14 +84,17 @@ def capture(
     gm.graph.lint()
     gm.recompile()
     inputs = tuple(
-        _input_spec(name, leaf, labels.get(i, {}))
-        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
+        _input_spec(name, leaf, labels.get(i, {})) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
     )
     return Program(gm, inputs, in_spec, out_spec, tuple(leaves), type(model).__name__, tuple(notes))
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], labels: dict[int, dict[int, str]]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: list[Any],
+    labels: dict[int, dict[int, str]],
 ) -> torch.export.ExportedProgram:
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     marks = [{d: DYNAMIC for d in labels.get(i, {})} or None for i in range(len(leaves))]

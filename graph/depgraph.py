@@ -188,7 +188,12 @@ class DepGraph:
                             reason = leaf.frozen.text if leaf.frozen else None
                             graph.add_node(
                                 ("axis", i),
-                                **{keys.PART: 0, keys.SIZE: leaf.size, keys.FROZEN: reason, keys.GROUP: names.get(leaf)},
+                                **{
+                                    keys.PART: 0,
+                                    keys.SIZE: leaf.size,
+                                    keys.FROZEN: reason,
+                                    keys.GROUP: names.get(leaf),
+                                },
                             )
                         graph.add_edge(("axis", i), tensor_dim, **{keys.OP: str(node.target)})
         return graph
@@ -324,7 +329,13 @@ def positions(axis: Axis, leaf: Axis) -> np.ndarray:
 def _groups(graph: DepGraph) -> tuple[CouplingGroup, ...]:
     an = graph.analysis
     members: dict[Axis, list[Member]] = {}
-    conv = {find(leaf) for node in an.dims if _is_convolution(node) for axis in an.of(_weight(node)) for leaf in leaves(axis)}
+    conv = {
+        find(leaf)
+        for node in an.dims
+        if _is_convolution(node)
+        for axis in an.of(_weight(node))
+        for leaf in leaves(axis)
+    }
     for name, dims, trainable in graph._tensor_dims:
         for dim, axis in enumerate(dims):
             for leaf in dict.fromkeys(leaves(axis)):
@@ -451,10 +462,23 @@ def check_keep(graph: DepGraph, keep: dict[str, Any]) -> dict[Axis, np.ndarray]:
         if (np.diff(kept) <= 0).any():
             raise PreconditionError(f"the kept indices of group {name!r} must be sorted and without repeats")
         if kept[0] < 0 or kept[-1] >= group.size:
-            raise PreconditionError(f"kept indices of group {name!r} must be in [0, {group.size}), got {kept[0]} to {kept[-1]}")
+            raise PreconditionError(
+                f"kept indices of group {name!r} must be in [0, {group.size}), got {kept[0]} to {kept[-1]}"
+            )
         if kept.size < group.size:
             out[find(group.axis)] = kept
     return out
 
 
-__all__ = ["CouplingGroup", "DepGraph", "FrozenAxis", "Member", "Reason", "analyse", "check_keep", "depgraph", "positions", "sizes"]
+__all__ = [
+    "CouplingGroup",
+    "DepGraph",
+    "FrozenAxis",
+    "Member",
+    "Reason",
+    "analyse",
+    "check_keep",
+    "depgraph",
+    "positions",
+    "sizes",
+]

@@ -23,8 +23,16 @@ MAX_DEPTH = 200
 
 _ALL = frozenset("add sub rsub".split())
 _ANY = frozenset("mul multiply matmul mm bmm mv einsum outer ger __and__ logical_and bitwise_and".split())
-_AFFINE = frozenset("linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split())
-_NORMS = {"layer_norm": (2, 3), "group_norm": (2, 3), "batch_norm": (1, 2), "instance_norm": (1, 2), "rms_norm": (2, None)}
+_AFFINE = frozenset(
+    "linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
+_NORMS = {
+    "layer_norm": (2, 3),
+    "group_norm": (2, 3),
+    "batch_norm": (1, 2),
+    "instance_norm": (1, 2),
+    "rms_norm": (2, None),
+}
 _STRUCTURE = frozenset(
     "view reshape _unsafe_view flatten unflatten transpose t mT permute movedim unsqueeze squeeze cat slice narrow select unbind "
     "split chunk split_with_sizes tensor_split repeat repeat_interleave expand expand_as pad constant_pad_nd stack roll flip "

@@ -154,9 +154,7 @@ class Program:
         if unknown or missing:
             raise InputError(
                 f"{self.name} was captured with the keyword inputs {known}; "
-                + "; ".join(
-                    filter(None, (unknown and f"unknown: {unknown}", missing and f"missing: {missing}"))
-                )
+                + "; ".join(filter(None, (unknown and f"unknown: {unknown}", missing and f"missing: {missing}")))
             )
         return {key: kwargs[key] for key in known}
 

@@ -58,7 +58,9 @@ class RemovalRecord:
         for name, dims in later.tensors.items():
             for dim, cut in dims.items():
                 first = tensors.setdefault(name, {}).get(dim)
-                tensors[name][dim] = cut if first is None else TensorCut(tuple(first.kept[i] for i in cut.kept), first.of)
+                tensors[name][dim] = (
+                    cut if first is None else TensorCut(tuple(first.kept[i] for i in cut.kept), first.of)
+                )
         groups = dict(self.groups)
         for name, cut in later.groups.items():
             first = groups.get(name)
@@ -69,7 +71,10 @@ class RemovalRecord:
         """Return plain data; kept indices as ``[start, stop]`` runs."""
         return {
             "groups": {n: {"kept": _runs(c.kept), "of": c.of} for n, c in self.groups.items()},
-            "tensors": {n: {str(d): {"kept": _runs(c.kept), "of": c.of} for d, c in dims.items()} for n, dims in self.tensors.items()},
+            "tensors": {
+                n: {str(d): {"kept": _runs(c.kept), "of": c.of} for d, c in dims.items()}
+                for n, dims in self.tensors.items()
+            },
         }
 
     @classmethod
@@ -77,7 +82,8 @@ class RemovalRecord:
         """Read what `to_json` wrote."""
         groups = {n: TensorCut(_unrun(c["kept"]), c["of"]) for n, c in data["groups"].items()}
         tensors = {
-            n: {int(d): TensorCut(_unrun(c["kept"]), c["of"]) for d, c in dims.items()} for n, dims in data["tensors"].items()
+            n: {int(d): TensorCut(_unrun(c["kept"]), c["of"]) for d, c in dims.items()}
+            for n, dims in data["tensors"].items()
         }
         return cls(groups, tensors)
 
@@ -183,7 +189,9 @@ def _cut_tensors(graph: DepGraph, rz: Resizer, work: Program) -> dict[str, dict[
         if node.op != "get_attr" or not dims or str(node.target) in record:
             continue
         cuts = {
-            d: TensorCut(tuple(k.tolist()), int(axis.size)) for d, axis in enumerate(dims) if (k := rz.kept(axis)) is not None
+            d: TensorCut(tuple(k.tolist()), int(axis.size))
+            for d, axis in enumerate(dims)
+            if (k := rz.kept(axis)) is not None
         }
         if not cuts:
             continue

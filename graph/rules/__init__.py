@@ -9,11 +9,33 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from . import attention, convolution, creation, elementwise, indexing, linear, normalisation, recurrent, reduction, shape
+from . import (
+    attention,
+    convolution,
+    creation,
+    elementwise,
+    indexing,
+    linear,
+    normalisation,
+    recurrent,
+    reduction,
+    shape,
+)
 from .base import Analysis, AxesRule, Dims, Resizer, Value
 from .base import Label as Label
 
-_FAMILIES = (elementwise, linear, convolution, normalisation, attention, reduction, shape, indexing, creation, recurrent)
+_FAMILIES = (
+    elementwise,
+    linear,
+    convolution,
+    normalisation,
+    attention,
+    reduction,
+    shape,
+    indexing,
+    creation,
+    recurrent,
+)
 
 # Rules of ATen operators by the operator's name without overload and without the underscore of in-place forms.
 ATEN: dict[str, AxesRule] = {name: rule for family in _FAMILIES for name, rule in family.RULES.items()}

@@ -182,9 +182,7 @@ _POOLS = (
     "reflection_pad3d"
 )
 
-_CONVS = (
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution convolution_overrideable"
-)
+_CONVS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution convolution_overrideable"
 
 RULES: dict[str, AxesRule] = {
     **{name: AxesRule(convolution, resize_convolution) for name in _CONVS.split()},

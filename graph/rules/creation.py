@@ -40,7 +40,10 @@ def frozen(reason: str) -> Callable[[Analysis, Node], Dims]:
 RULES: dict[str, AxesRule] = {
     **{name: AxesRule(fill, resize_shape(0, "size")) for name in ("zeros", "ones", "full", "empty", "empty_permuted")},
     **{name: AxesRule(fill, resize_shape(1, "size")) for name in ("new_zeros", "new_ones", "new_full", "new_empty")},
-    **{name: AxesRule(positional) for name in ("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "tensor")},
+    **{
+        name: AxesRule(positional)
+        for name in ("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "tensor")
+    },
     **{name: AxesRule(random) for name in ("rand", "randn", "randint", "randperm", "normal_functional")},
     "meshgrid": AxesRule(frozen("positions")),
     "one_hot": AxesRule(frozen("classes")),

@@ -23,7 +23,11 @@ def index(an: Analysis, node: Node) -> Dims:
     assert isinstance(indices, (list, tuple))
     sizes = out_sizes(node)
     at = [d for d, i in enumerate(indices) if isinstance(i, Node)]
-    if any(i.meta["val"].dtype.is_floating_point is False and str(i.meta["val"].dtype) == "torch.bool" for i in indices if isinstance(i, Node)):
+    if any(
+        i.meta["val"].dtype.is_floating_point is False and str(i.meta["val"].dtype) == "torch.bool"
+        for i in indices
+        if isinstance(i, Node)
+    ):
         return _boolean(an, node, x)
     an.freeze_all([x[d] for d in at], BY_DATA)
     kept = [x[d] for d in range(len(x)) if d not in at]
@@ -54,7 +58,10 @@ def index_put(an: Analysis, node: Node) -> Dims:
     simple = at == list(range(len(at)))
     if simple:
         rank = min(len(trailing), len(values))
-        an.broadcast([tuple(trailing[len(trailing) - rank :]), values[len(values) - rank :]], [a.size for a in trailing[len(trailing) - rank :]])
+        an.broadcast(
+            [tuple(trailing[len(trailing) - rank :]), values[len(values) - rank :]],
+            [a.size for a in trailing[len(trailing) - rank :]],
+        )
         an.freeze_all(values[: len(values) - rank], BY_DATA)
     else:
         an.freeze_all((*trailing, *values), BY_DATA)

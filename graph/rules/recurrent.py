@@ -48,9 +48,7 @@ def recurrent(gates: int) -> Callable[[Analysis, Node], Value]:
     return axes
 
 
-def _cell(
-    an: Analysis, cell: list, gates: int, feed: Axis, hidden: Axis, out: Axis, projected: bool
-) -> None:
+def _cell(an: Analysis, cell: list, gates: int, feed: Axis, hidden: Axis, out: Axis, projected: bool) -> None:
     w_ih, w_hh, *rest = cell
     packed = an.concat([hidden] * gates)
     an.unify(w_ih[0], packed)

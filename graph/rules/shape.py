@@ -190,7 +190,9 @@ def squeeze(an: Analysis, node: Node) -> Dims:
     """Dimensions of size 1 vanish: those named, or all."""
     x = an.of(node.args[0])
     dims = arg(node, 1, "dim")
-    named = range(len(x)) if dims is None else [d % len(x) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    named = (
+        range(len(x)) if dims is None else [d % len(x) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    )
     return tuple(axis for d, axis in enumerate(x) if not (d in named and axis.size == 1))
 
 
@@ -375,7 +377,6 @@ def split(an: Analysis, node: Node) -> Value:
 def resize_split(rz: Resizer, node: Node) -> None:
     """Equal splits need not stay equal, so all become ``split_with_sizes``."""
 
-
     x = rz.of(node.args[0])
     d = arg(node, 2, "dim", 0) % len(x)
     if rz.changed(x[d]):
@@ -422,9 +423,11 @@ def atleast_or_view_as_complex(an: Analysis, node: Node) -> Dims:
     return (*x, *(an.leaf(s, "real and imaginary part") for s in size[len(x) :]))
 
 
-
 RULES: dict[str, AxesRule] = {
-    **{name: AxesRule(reshape, resize_shape(1, "size")) for name in ("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy")},
+    **{
+        name: AxesRule(reshape, resize_shape(1, "size"))
+        for name in ("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy")
+    },
     "flatten": AxesRule(flatten),
     "ravel": AxesRule(flatten),
     "unflatten": AxesRule(reshape, resize_unflatten),
@@ -455,7 +458,15 @@ RULES: dict[str, AxesRule] = {
     "unbind": AxesRule(unbind),
     **{
         name: AxesRule(split, resize_split)
-        for name in ("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "tensor_split")
+        for name in (
+            "split",
+            "chunk",
+            "split_with_sizes",
+            "unsafe_split",
+            "unsafe_chunk",
+            "unsafe_split_with_sizes",
+            "tensor_split",
+        )
     },
     "glu": AxesRule(glu),
     "diagonal": AxesRule(diagonal),

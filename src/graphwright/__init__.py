@@ -1,1 +1,80 @@
-"""Compression and acceleration of PyTorch models on one captured graph."""
+"""Compression and acceleration of PyTorch models on one captured graph.
+
+    program = graphwright.capture(model, (x,))
+    result = graphwright.Pipeline([graphwright.RemoveChannels(ratio=0.3)])(program)
+    graphwright.export_onnx(result.output, "out/")
+
+Names are imported on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "CaptureError": "graph.errors",
+    "Context": "passes.base",
+    "CouplingGroup": "graph.depgraph",
+    "DepGraph": "graph.depgraph",
+    "EliminateDeadCode": "passes.eliminate_dead_code",
+    "FoldBatchNorm": "passes.fold_batch_norm",
+    "GraphwrightError": "graph.errors",
+    "Pass": "passes.base",
+    "PassResult": "passes.base",
+    "Pipeline": "passes.base",
+    "PipelineResult": "passes.base",
+    "PreconditionError": "graph.errors",
+    "Program": "graph.program",
+    "RemovalRecord": "graph.resize",
+    "RemoveChannels": "passes.remove_channels",
+    "RemoveDropout": "passes.remove_dropout",
+    "VerificationError": "graph.errors",
+    "capture": "frontends.capture",
+    "cost": "graph.cost",
+    "depgraph": "graph.depgraph",
+    "register_rule": "graph.rules",
+    "resize": "graph.resize",
+    "verify": "graph.verify",
+}
+
+__all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from .frontends.capture import capture as capture
+    from .graph.cost import cost as cost
+    from .graph.depgraph import CouplingGroup as CouplingGroup
+    from .graph.depgraph import DepGraph as DepGraph
+    from .graph.depgraph import depgraph as depgraph
+    from .graph.errors import CaptureError as CaptureError
+    from .graph.errors import GraphwrightError as GraphwrightError
+    from .graph.errors import PreconditionError as PreconditionError
+    from .graph.errors import VerificationError as VerificationError
+    from .graph.program import Program as Program
+    from .graph.resize import RemovalRecord as RemovalRecord
+    from .graph.resize import resize as resize
+    from .graph.rules import register_rule as register_rule
+    from .graph.verify import verify as verify
+    from .passes.base import Context as Context
+    from .passes.base import Pass as Pass
+    from .passes.base import PassResult as PassResult
+    from .passes.base import Pipeline as Pipeline
+    from .passes.base import PipelineResult as PipelineResult
+    from .passes.eliminate_dead_code import EliminateDeadCode as EliminateDeadCode
+    from .passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
+    from .passes.remove_channels import RemoveChannels as RemoveChannels
+    from .passes.remove_dropout import RemoveDropout as RemoveDropout
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'graphwright' has no attribute {name!r}")
+    value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

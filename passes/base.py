@@ -1,0 +1,194 @@
+"""The pass protocol: a pass is a frozen dataclass that rewrites a Program in place and says what it did."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar, final
+
+from torch import Tensor
+
+from ..graph.errors import GraphwrightError, VerificationError
+from ..graph.program import Program
+from ..graph.resize import RemovalRecord
+from ..graph.verify import verify
+
+T = TypeVar("T")
+Loss = Callable[[Program, Any], Tensor]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A site the pass looked at and left alone, with the reason."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did.
+
+    Attributes:
+        modified: Whether the graph or any parameter differs from the input.
+        stats: Named counts, in the unit the name states.
+        skipped: Sites that matched but were refused, each with a reason.
+        removal: Which indices stayed, for passes that shrink tensors.
+    """
+
+    modified: bool
+    stats: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    skipped: tuple[Skipped, ...] = ()
+    removal: RemovalRecord | None = None
+
+
+@dataclass
+class Context:
+    """Per-run state: what passes may use beyond the program, and cached analyses. Passes hold none themselves.
+
+    Attributes:
+        loss: Calibration loss: ``loss(program, batch)`` returns a scalar tensor; it calls the program like the model.
+        batches: Calibration batches, each passed to ``loss`` as it is.
+        progress: Called with ``(what, done, total)`` during long work.
+    """
+
+    loss: Loss | None = None
+    batches: Sequence[Any] = ()
+    progress: Progress | None = None
+    _cache: dict[Callable[[Program], Any], tuple[int, Program, Any]] = field(default_factory=dict, repr=False)
+
+    def analysis(self, fn: Callable[[Program], T], program: Program) -> T:
+        """Return ``fn(program)``, computed at most once until the program changes."""
+        known = self._cache.get(fn)
+        if known is None or known[0] != program.version or known[1] is not program:
+            self._cache[fn] = (program.version, program, fn(program))
+        return self._cache[fn][2]
+
+    def report(self, what: str, done: int, total: int) -> None:
+        """Tell the caller how far long work is."""
+        if self.progress is not None:
+            self.progress(what, done, total)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A named rewrite of one program, in place. Its fields are its whole configuration."""
+
+    name: ClassVar[str]
+
+    def requires(self, program: Program) -> None:  # noqa: B027 (a hook, not abstract)
+        """Raise `PreconditionError` when ``program`` is outside this pass's domain."""
+
+    @abstractmethod
+    def rewrite(self, program: Program, ctx: Context) -> PassResult:
+        """Change ``program`` and say what changed."""
+
+    def ensures(self, program: Program, result: PassResult) -> None:  # noqa: B027 (a hook, not abstract)
+        """Raise `VerificationError` when the pass's own promise is broken."""
+
+    @final
+    def __call__(self, program: Program, ctx: Context | None = None) -> PassResult:
+        """Check, rewrite, verify.
+
+        Raises:
+            PreconditionError: The program is outside the pass's domain.
+            VerificationError: The pass left an inconsistent program.
+        """
+        self.requires(program)
+        before = fingerprint(program)
+        result = self.rewrite(program, ctx or Context())
+        if result.modified:
+            program.changed()
+        elif fingerprint(program) != before:
+            raise VerificationError(f"{self.name} changed the program but reported modified=False")
+        verify(program)
+        self.ensures(program, result)
+        return result
+
+    def __str__(self) -> str:
+        """Return ``name{field=value,...}`` with the fields that differ from their defaults."""
+        changed = [f for f in fields(self) if getattr(self, f.name) != _default(f)]
+        options = ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed)
+        return f"{self.name}{{{options}}}" if options else self.name
+
+
+def _default(f: Any) -> Any:
+    if f.default is not MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not MISSING else MISSING
+
+
+def fingerprint(program: Program) -> int:
+    """Hash of structure, literals, and the identity and shape of every tensor, to catch a wrong ``modified``."""
+    nodes = tuple((n.name, n.op, str(n.target), str(n.args), str(n.kwargs)) for n in program.nodes)
+    tensors = tuple((k, id(v), tuple(v.shape), v.dtype) for k, v in program.tensors().items())
+    return hash((nodes, tensors))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One pass of a pipeline: its text, how long it took, what it did."""
+
+    name: str
+    text: str
+    seconds: float
+    result: PassResult
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What a pipeline gave.
+
+    Attributes:
+        output: The rewritten program; the one that was passed in is unchanged.
+        records: One per pass, in order.
+    """
+
+    output: Program
+    records: tuple[Record, ...]
+
+    @property
+    def removal(self) -> RemovalRecord:
+        """All removals of all passes as one, in terms of the original indices."""
+        total = RemovalRecord()
+        for record in self.records:
+            if record.result.removal is not None:
+                total = total.then(record.result.removal)
+        return total
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What any pass refused, with the reasons."""
+        return tuple(s for record in self.records for s in record.result.skipped)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes applied once each, in order, to a copy."""
+
+    passes: Sequence[Pass]
+
+    def __call__(self, program: Program, context: Context | None = None) -> PipelineResult:
+        """Apply the passes to a copy of ``program``.
+
+        Raises:
+            GraphwrightError: What the failing pass raised, with a note of which pass and which came before.
+        """
+        context = context or Context()
+        work, records = program.copy(), list[Record]()
+        for i, step in enumerate(self.passes):
+            context.report(step.name, i, len(self.passes))
+            start = time.perf_counter()
+            try:
+                result = step(work, context)
+            except GraphwrightError as err:
+                done = ", ".join(r.name for r in records) or "none"
+                err.add_note(f"in pass {step}; passes already applied: {done}")
+                raise
+            records.append(Record(step.name, str(step), time.perf_counter() - start, result))
+        context.report("done", len(self.passes), len(self.passes))
+        return PipelineResult(work, tuple(records))

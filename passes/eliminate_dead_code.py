@@ -1,0 +1,56 @@
+"""Eliminate dead code: nodes whose result nothing uses, and parameters that nothing reads any more.
+
+    before: a = relu(x); b = gelu(x); return a
+    after:  a = relu(x); return a
+
+An operator that writes into its input stays, as its write may be seen elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import Node
+
+from ..graph.program import Program
+from .base import Context, Pass, PassResult
+
+
+@dataclass(frozen=True)
+class EliminateDeadCode(Pass):
+    """Erase every node without users that has no effect, and the parameters only they read."""
+
+    name: ClassVar[str] = "eliminate-dead-code"
+
+    def rewrite(self, program: Program, ctx: Context) -> PassResult:
+        gm = program.graph_module
+        before = len(program.tensors())
+        erased = 0
+        for node in reversed(list(gm.graph.nodes)):
+            if not node.users and not has_effect(node):
+                gm.graph.erase_node(node)
+                erased += 1
+        if erased:
+            gm.delete_all_unused_submodules()
+            _drop_unread(program)
+        unread = before - len(program.tensors())
+        return PassResult(erased > 0, {"nodes_removed": erased, "tensors_dropped": unread})
+
+
+def has_effect(node: Node) -> bool:
+    """Whether a node does something besides giving its result."""
+    if node.op in ("placeholder", "output", "call_module", "call_method"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _drop_unread(program: Program) -> None:
+    gm = program.graph_module
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for prefix, module in gm.named_modules():
+        for registry in (module._parameters, module._buffers):
+            for name in list(registry):
+                if (f"{prefix}.{name}" if prefix else name) not in read:
+                    del registry[name]

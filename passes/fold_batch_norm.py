@@ -1,0 +1,111 @@
+"""Fold batch norm into the convolution or linear layer before it.
+
+    before: y = batch_norm(conv2d(x, w), gamma, beta, mean, var)
+    after:  y = conv2d(x, w * s, beta - mean * s)          s = gamma / sqrt(var + eps), per output channel
+
+Refused where the convolution's result has other users or its weight is shared, and for a norm in training mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ..graph.program import Program, get_tensor, set_tensor
+from .base import Context, Pass, PassResult, Skipped
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.conv2d.padding)
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold every inference-mode batch norm into the layer that feeds it alone."""
+
+    name: ClassVar[str] = "fold-batch-norm"
+
+    def rewrite(self, program: Program, ctx: Context) -> PassResult:
+        gm = program.graph_module
+        folded, skipped = 0, list[Skipped]()
+        for norm in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+            reason = refusal(gm, norm)
+            if reason is not None:
+                skipped.append(Skipped(norm.name, reason))
+                continue
+            _fold(gm, norm)
+            folded += 1
+        return PassResult(folded > 0, {"batch_norms_folded": folded}, tuple(skipped))
+
+
+def refusal(gm: GraphModule, norm: Node) -> str | None:
+    """Return why ``norm`` cannot be folded, None if it can."""
+    layer = norm.args[0]
+    if norm.args[5]:
+        return "it is in training mode"
+    if norm.args[3] is None:
+        return "it has no running statistics"
+    if not isinstance(layer, Node) or layer.target not in CONVOLUTIONS:
+        return f"it follows {getattr(layer, 'target', layer)}, not a convolution or linear layer"
+    if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
+        return "the linear layer's features are not dimension 1"
+    if len(layer.users) > 1:
+        return f"%{layer.name} has {len(layer.users)} users"
+    for source in (*layer.args[1:3], *norm.args[1:5]):
+        if isinstance(source, Node) and source.op != "get_attr":
+            return f"%{source.name} is computed, not a parameter"
+    if _uses(gm, layer.args[1]) > 1:
+        return f"the weight {layer.args[1].target} is used elsewhere too"  # type: ignore[union-attr]
+    return None
+
+
+def _uses(gm: GraphModule, weight: Any) -> int:
+    """Count the uses of a weight under any of its names."""
+    tensor = get_tensor(gm, weight.target)
+    return sum(len(n.users) for n in gm.graph.find_nodes(op="get_attr") if get_tensor(gm, str(n.target)) is tensor)
+
+
+def _fold(gm: GraphModule, norm: Node) -> None:
+    layer = norm.args[0]
+    assert isinstance(layer, Node)
+    gamma, beta, mean, var = (_tensor(gm, a) for a in norm.args[1:5])
+    eps = norm.args[7]
+    assert mean is not None and var is not None
+    weight_node = layer.args[1]
+    assert isinstance(weight_node, Node)
+    weight = _tensor(gm, weight_node)
+    assert weight is not None
+    scale = torch.rsqrt(var.double() + eps)  # type: ignore[operator]
+    if gamma is not None:
+        scale = scale * gamma.double()
+    bias = _tensor(gm, layer.args[2] if len(layer.args) > 2 else None)
+    shift = (torch.zeros_like(scale) if bias is None else bias.double()) - mean.double()
+    shift = shift * scale + (0 if beta is None else beta.double())
+    shape = [-1] + [1] * (weight.dim() - 1)
+    set_tensor(gm, str(weight_node.target), _like(weight, weight.double() * scale.view(shape)))
+    name = str(weight_node.target).removesuffix("weight") + "folded_bias"
+    owner, _, leaf = name.rpartition(".")
+    gm.get_submodule(owner).register_parameter(leaf, nn.Parameter(shift.to(weight.dtype), weight.requires_grad))
+    with gm.graph.inserting_after(weight_node):
+        bias_node = gm.graph.get_attr(name)
+    bias_node.meta["val"] = norm.meta["val"].new_empty(len(shift))
+    layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
+    layer.meta["rewritten_by"] = FoldBatchNorm.name
+    norm.replace_all_uses_with(layer)
+    sources = [a for a in norm.args[1:5] if isinstance(a, Node)]
+    gm.graph.erase_node(norm)
+    for source in sources:
+        if not source.users:
+            gm.graph.erase_node(source)
+
+
+def _tensor(gm: GraphModule, node: Any) -> Tensor | None:
+    return get_tensor(gm, node.target).detach() if isinstance(node, Node) else None  # type: ignore[union-attr]
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    new = new.to(old.dtype)
+    return nn.Parameter(new, old.requires_grad)

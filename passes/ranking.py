@@ -1,0 +1,85 @@
+"""Ranking: from scores to the indices that stay, within a scope and under the constraints of each group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..graph.depgraph import CouplingGroup
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the kept width of every group.
+
+    Attributes:
+        max_ratio: At most this fraction of a group's initial indices goes.
+        min_width: At least this many indices stay.
+        round_to: Kept widths are multiples of this where the group's own constraints allow it.
+    """
+
+    max_ratio: float = 1.0
+    min_width: int = 1
+    round_to: int = 1
+
+
+def legal_width(group: CouplingGroup, wanted: float, initial: int, limits: Limits) -> int:
+    """Return the kept width nearest to ``wanted`` that the group and the limits allow.
+
+    Legal widths are ``group.size`` minus a multiple of ``group.step``, not below the floor. Among those, multiples of
+    ``round_to`` are preferred; where there is none, the group stays as wide as the nearest legal width.
+    """
+    floor = max(1, limits.min_width, initial - int(limits.max_ratio * initial + 1e-9))
+    floor = min(floor, group.size)
+    widths = [w for w in range(group.size, floor - 1, -group.step)]
+    aligned = [w for w in widths if w % limits.round_to == 0]
+    # A group that would have to stay whole for alignment's sake may still do so: its own width is always legal.
+    return min(aligned or [group.size], key=lambda w: (abs(w - wanted), -w))
+
+
+def local_widths(
+    groups: Sequence[CouplingGroup], ratios: Mapping[str, float], initial: Mapping[str, int]
+) -> dict[str, float]:
+    """Every group keeps the same fraction of its initial width."""
+    return {g.name: initial[g.name] * (1 - ratios[g.name]) for g in groups}
+
+
+def global_widths(
+    groups: Sequence[CouplingGroup],
+    scores: Mapping[str, Tensor],
+    ratios: Mapping[str, float],
+    initial: Mapping[str, int],
+) -> dict[str, float]:
+    """All indices of all groups compete: the lowest go until the overall fraction is gone.
+
+    Groups with different ratios compete among those with the same ratio.
+    """
+    widths: dict[str, float] = {}
+    for ratio in sorted({ratios[g.name] for g in groups}):
+        pool = [g for g in groups if ratios[g.name] == ratio]
+        everything = torch.cat([scores[g.name] for g in pool])
+        total = sum(initial[g.name] for g in pool)
+        remove = max(0, len(everything) - (total - int(total * ratio + 1e-9)))
+        lowest = torch.zeros(len(everything), dtype=torch.bool)
+        # Positions, not a threshold: with equal scores a threshold removes all of them or none.
+        lowest[torch.argsort(everything, stable=True)[:remove]] = True
+        offset = 0
+        for group in pool:
+            widths[group.name] = group.size - int(lowest[offset : offset + group.size].sum())
+            offset += group.size
+    return widths
+
+
+def select(group: CouplingGroup, scores: Tensor, width: int) -> list[int]:
+    """Return the sorted indices of the ``width`` highest scores, equally many from each block of the group.
+
+    Blocks are the groups of a group norm: taking as many from each keeps every channel in its group.
+    """
+    blocks = group.blocks if group.size % group.blocks == 0 and width % group.blocks == 0 else 1
+    size = group.size // blocks
+    per_block = width // blocks
+    order = torch.argsort(scores.view(blocks, size), dim=1, descending=True, stable=True)[:, :per_block]
+    return sorted((order + torch.arange(blocks)[:, None] * size).flatten().tolist())

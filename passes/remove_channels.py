@@ -1,0 +1,221 @@
+"""Remove channels, hidden units, heads and head dims by importance.
+
+    before: h = relu(linear(x, w1[64, 32], b1[64])); y = linear(h, w2[10, 64])
+    after:  h = relu(linear(x, w1[45, 32], b1[45])); y = linear(h, w2[10, 45])        ratio=0.3
+
+Groups that cannot shrink are reported with the reason: ignored by the user, at their minimum width, frozen by
+divisibility. The result carries the removal record. Paper: DepGraph: Towards Any Structural Pruning (2301.12900).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..graph.cost import cost
+from ..graph.depgraph import CouplingGroup, DepGraph, depgraph
+from ..graph.errors import PreconditionError
+from ..graph.program import Program
+from ..graph.resize import RemovalRecord, resize
+from .base import Context, Pass, PassResult, Skipped
+from .importance import CRITERIA, NEEDS_GRADIENTS, NORMALISERS, REDUCTIONS, Scoring, calibration_gradients, importance
+from .ranking import Limits, global_widths, legal_width, local_widths, select
+
+SCOPES = ("local", "global")
+WIDTH_KINDS = ("channel", "hidden")
+HEAD_KINDS = ("head", "head group")
+HEAD_DIM_KINDS = ("head dim", "value dim")
+
+
+@dataclass(frozen=True)
+class GroupWidth:
+    """What happened to one coupling group: its widths before and after, and what was asked for."""
+
+    group: str
+    kind: str
+    before: int
+    wanted: float
+    after: int
+
+
+@dataclass(frozen=True)
+class RemovalResult(PassResult):
+    """A `PassResult` that also lists every group's widths."""
+
+    widths: tuple[GroupWidth, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveChannels(Pass):
+    """Score every coupling group, rank in a scope, remove the least important indices.
+
+    Attributes:
+        ratio: Fraction of the indices of channel and hidden groups to remove, of the width before the pass.
+        criterion: How a slice is scored: a key of `importance.CRITERIA`. The Taylor ones need calibration.
+        scope: ``local`` (every group loses the same fraction) or ``global`` (all indices compete).
+        reduction: How the members of a group are combined.
+        normaliser: How a group's scores are scaled before they compete. ``mean`` for a global scope compares indices
+            relative to their group; ``none`` compares them as they are.
+        head_ratio: Fraction of attention heads (key-value heads where queries share them) to remove.
+        head_group_ratio: Fraction of the query heads of each key-value head to remove.
+        head_dim_ratio: Fraction of the dimensions of each head, of queries and keys and of values, to remove.
+        ratios: Own ratios by glob over group names or member names, the first that matches wins.
+        ignore: Globs over group names and member names; a group with a match keeps its width.
+        max_ratio: No group loses more than this fraction.
+        min_width: No group gets narrower than this.
+        round_to: Keep widths a multiple of this.
+        steps: Remove in this many steps, with new scores before each; the ratio grows linearly.
+        include_bias: Score biases too.
+        seed: For the criterion ``random``.
+    """
+
+    name: ClassVar[str] = "remove-channels"
+
+    ratio: float = 0.5
+    criterion: str = "magnitude-l2"
+    scope: str = "local"
+    reduction: str = "mean"
+    normaliser: str = "mean"
+    head_ratio: float = 0.0
+    head_group_ratio: float = 0.0
+    head_dim_ratio: float = 0.0
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    max_ratio: float = 1.0
+    min_width: int = 1
+    round_to: int = 1
+    steps: int = 1
+    include_bias: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "head_ratio", "head_group_ratio", "head_dim_ratio"):
+            _in_range(name, getattr(self, name), 0.0, 1.0, "[0, 1)", below=True)
+        for pattern, ratio in self.ratios.items():
+            _in_range(f"ratios[{pattern!r}]", ratio, 0.0, 1.0, "[0, 1)", below=True)
+        _in_range("max_ratio", self.max_ratio, 0.0, 1.0, "[0, 1]")
+        for name, known in (
+            ("criterion", CRITERIA),
+            ("reduction", REDUCTIONS),
+            ("normaliser", NORMALISERS),
+            ("scope", SCOPES),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for name in ("min_width", "round_to", "steps"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
+
+    def rewrite(self, program: Program, ctx: Context) -> PassResult:
+        before = cost(program)
+        graph = ctx.analysis(depgraph, program)
+        initial = {g.name: g.size for g in graph.groups}
+        if not initial:
+            raise PreconditionError(f"{program.name} has no axis that can be removed: {_why_frozen(graph)}")
+        record, wanted = RemovalRecord(), dict[str, float]()
+        for step in range(1, self.steps + 1):
+            graph = ctx.analysis(depgraph, program)
+            keep, wanted = self._plan(graph, program, ctx, initial, step / self.steps)
+            if keep:
+                record = record.then(resize(program, keep, graph))
+            ctx.report("removal", step, self.steps)
+        after = cost(program)
+        widths = _widths(depgraph(program) if record.groups else graph, record, initial, wanted)
+        stats = {
+            "groups": len(initial),
+            "groups_shrunk": len(record.groups),
+            "indices_removed": sum(c.of - len(c.kept) for c in record.groups.values()),
+            "parameters_before": before.parameters,
+            "parameters_after": after.parameters,
+            "macs_before": before.total_macs,
+            "macs_after": after.total_macs,
+        }
+        return RemovalResult(bool(record.groups), stats, self._skipped(widths, graph), record, tuple(widths))
+
+    def _plan(
+        self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int], part: float
+    ) -> tuple[dict[str, list[int]], dict[str, float]]:
+        """Return the indices to keep by group, and the widths that were wanted before constraints."""
+        ratios = {g.name: self._ratio(g) * part for g in graph.groups}
+        groups = [g for g in graph.groups if ratios[g.name] > 0]
+        gradients = calibration_gradients(program, ctx) if self.criterion in NEEDS_GRADIENTS and groups else {}
+        scoring = Scoring(program.tensors(), gradients, self.seed)
+        scores: dict[str, Tensor] = {}
+        for i, g in enumerate(groups):
+            scores[g.name] = importance(g, scoring, self.criterion, self.reduction, self.normaliser, self.include_bias)
+            ctx.report("scoring", i + 1, len(groups))
+        if self.scope == "local":
+            wanted = local_widths(groups, ratios, initial)
+        else:
+            wanted = global_widths(groups, scores, ratios, initial)
+        keep = {}
+        for g in groups:
+            # Alignment is about the widths of matrices; the number of heads is a batch dimension.
+            align = 1 if g.kind in HEAD_KINDS else self.round_to
+            width = legal_width(g, wanted[g.name], initial[g.name], Limits(self.max_ratio, self.min_width, align))
+            if width < g.size:
+                keep[g.name] = select(g, scores[g.name], width)
+        return keep, wanted
+
+    def _ratio(self, group: CouplingGroup) -> float:
+        names = (group.name, *(m.name for m in group.members))
+        if any(fnmatchcase(name, pattern) for pattern in self.ignore for name in names):
+            return 0.0
+        for pattern, ratio in self.ratios.items():
+            if any(fnmatchcase(name, pattern) for name in names):
+                return ratio
+        if group.kind == "head":
+            return self.head_ratio
+        if group.kind == "head group":
+            return self.head_group_ratio
+        return self.head_dim_ratio if group.kind in HEAD_DIM_KINDS else self.ratio
+
+    def _skipped(self, widths: list[GroupWidth], graph: DepGraph) -> tuple[Skipped, ...]:
+        by_name = {g.name: g for g in graph.groups}
+        out = []
+        for w in widths:
+            if w.after < w.before:
+                continue
+            group = by_name[w.group]
+            if self._ratio(group) == 0:
+                reason = "its ratio is 0 (ignored, or of a kind that was not asked for)"
+            elif w.wanted >= w.before:
+                reason = "no index of it is among the least important of its scope"
+            else:
+                reason = (
+                    f"{w.before} of {w.before} stay where {w.wanted:.4g} were wanted: indices go in steps of {group.step}, "
+                    f"min_width {self.min_width}, max_ratio {self.max_ratio}, round_to {self.round_to}"
+                )
+            out.append(Skipped(w.group, reason))
+        return tuple(out)
+
+
+def _widths(
+    graph: DepGraph, record: RemovalRecord, initial: Mapping[str, int], wanted: Mapping[str, float]
+) -> list[GroupWidth]:
+    kinds = {g.name: g.kind for g in graph.groups}
+    return [
+        GroupWidth(
+            name,
+            kinds.get(name, ""),
+            size,
+            wanted.get(name, float(size)),
+            len(record.groups[name].kept) if name in record.groups else size,
+        )
+        for name, size in initial.items()
+    ]
+
+
+def _why_frozen(graph: DepGraph) -> str:
+    reasons = list(dict.fromkeys(f.reason for f in graph.frozen))
+    return "every axis is frozen (" + "; ".join(reasons[:4]) + ")" if reasons else "it has no parameters"
+
+
+def _in_range(name: str, value: float, low: float, high: float, text: str, below: bool = False) -> None:
+    if not isinstance(value, (int, float)) or not low <= value <= high or (below and value == high):
+        raise ValueError(f"{name} must be in {text}, got {value!r}")
