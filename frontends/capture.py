@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -164,7 +164,8 @@ def _dynamic_labels(names: list[str], leaves: list[Any], dynamic: DynamicDims | 
                     f"dimension {dim} of '{name}' is dynamic but its example size is {leaf.shape[dim]}; "
                     "give an example of size 2 or more, since sizes 0 and 1 are special to torch.export"
                 )
-            labels[index][dim % leaf.dim()] = label
+            # torch.export's own marker is accepted in place of a name.
+            labels[index][dim % leaf.dim()] = label if isinstance(label, str) else f"{name}_{dim}"
     return labels
 
 
@@ -238,23 +239,8 @@ def _inline_mode_regions(gm: GraphModule) -> None:
             continue
         body = getattr(gm, body_node.target)
         _inline_mode_regions(body)
-        env: dict[Node, Any] = {}
-        placeholders = iter(inputs)
-        result: Any = None
         with gm.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op == "placeholder":
-                    env[inner] = next(placeholders)
-                elif inner.op == "output":
-                    result = torch.fx.map_arg(inner.args[0], lambda n: env[n])
-                elif inner.op == "get_attr":
-                    name = f"{body_node.target}_{inner.target}".replace(".", "_")
-                    value = getattr(body, inner.target)
-                    gm.register_buffer(name, value, persistent=False)
-                    env[inner] = gm.graph.get_attr(name)
-                    env[inner].meta = dict(inner.meta)
-                else:
-                    env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
+            result = _inline(gm, str(body_node.target), body, inputs)
         for user in list(node.users):
             if user.target is operator.getitem and isinstance(result, (tuple, list)):
                 user.replace_all_uses_with(result[user.args[1]])
@@ -265,3 +251,22 @@ def _inline_mode_regions(gm: GraphModule) -> None:
         if not body_node.users:
             gm.graph.erase_node(body_node)
             delattr(gm, body_node.target)
+
+
+def _inline(gm: GraphModule, name: str, body: GraphModule, inputs: Sequence[Any]) -> Any:
+    """Copy the nodes of ``body`` to the insertion point; return what it returns, in terms of the copies."""
+    env: dict[Node, Any] = {}
+    placeholders = iter(inputs)
+    for inner in body.graph.nodes:
+        if inner.op == "placeholder":
+            env[inner] = next(placeholders)
+        elif inner.op == "output":
+            return torch.fx.map_arg(inner.args[0], env.__getitem__)
+        elif inner.op == "get_attr":
+            target = f"{name}_{inner.target}".replace(".", "_")
+            gm.register_buffer(target, getattr(body, inner.target), persistent=False)
+            env[inner] = gm.graph.get_attr(target)
+            env[inner].meta = dict(inner.meta)
+        else:
+            env[inner] = gm.graph.node_copy(inner, env.__getitem__)
+    raise AssertionError("a graph has an output")

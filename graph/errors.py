@@ -31,6 +31,10 @@ class VerificationError(GraphwrightError):
         self.node = node
 
 
+class WriteBackError(GraphwrightError):
+    """The caller's own class, with the program's tensors in it, does not compute what the program computes."""
+
+
 class ArtifactError(GraphwrightError):
     """A saved artifact is missing, damaged, or of a kind that this version does not read."""
 

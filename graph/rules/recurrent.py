@@ -29,6 +29,8 @@ def recurrent(gates: int) -> Callable[[Analysis, Node], Value]:
         cells = [[an.of(w) for w in weights[i : i + per_cell]] for i in range(0, len(weights), per_cell)]
         hidden = states[-1][-1] if gates == 4 else states[0][-1]
         out_width = states[0][-1]
+        if not projected:
+            an.unify(hidden, out_width)
         batch, time = (0, 1) if batch_first else (1, 0)
         if len(x) == 3:
             an.freeze(x[time], "time steps")

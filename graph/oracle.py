@@ -1,0 +1,127 @@
+"""The mask oracle: what a removal must equal, computed without removing anything.
+
+Masking sets the removed entries of every parameter to zero and leaves all shapes as they are. Where an operator takes
+a statistic over a removed axis (a norm, a mean, a sum of what is not zero), the oracle computes that one operator on
+the kept indices only, and scatters its result back. A removal is right if the smaller program's output equals this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node, map_arg
+
+from .axes import Axis
+from .depgraph import DepGraph, check_keep
+from .program import get_tensor
+from .resize import RemovalRecord
+from .rules import Resizer, rule_for
+from .rules.base import is_tensor
+
+
+def mask_module(model: nn.Module, record: RemovalRecord) -> None:
+    """Set to zero, in place, every parameter entry that ``record`` removes. Buffers stay."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, dims in record.tensors.items():
+            parameter = parameters.get(name)
+            if parameter is None:
+                continue
+            for dim, cut in dims.items():
+                gone = torch.tensor(sorted(set(range(cut.of)) - set(cut.kept)), dtype=torch.long)
+                parameter.index_fill_(dim, gone, 0)
+
+
+def masked_outputs(graph: DepGraph, keep: Mapping[str, Any], inputs: list[Any]) -> list[Any]:
+    """Run the unresized program with the removed indices masked, statistics taken over the kept ones.
+
+    Args:
+        graph: Analysis of the program to run.
+        keep: Group name to kept indices, as for `resize`.
+        inputs: Flat inputs of the program.
+
+    Returns:
+        The flat outputs.
+    """
+    program = graph.program
+    rz = Resizer(graph.analysis, check_keep(graph, dict(keep)))
+    marked = {mark.node for mark in (*graph.analysis.labels, *graph.analysis.sums) if rz.changed(mark.axis)}
+    env: dict[Node, Any] = {}
+    values = iter(inputs)
+    with torch.no_grad():
+        for node in program.nodes:
+            if node.op == "placeholder":
+                env[node] = next(values)
+            elif node.op == "get_attr":
+                env[node] = _masked(get_tensor(program.graph_module, str(node.target)), rz, rz.of(node))
+            elif node.op == "output":
+                return list(map_arg(node.args[0], lambda n: env[n]))
+            elif node in marked:
+                env[node] = _on_kept(rz, node, env)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    raise AssertionError("a graph has an output")
+
+
+def _masked(tensor: Tensor | None, rz: Resizer, dims: tuple[Axis, ...]) -> Any:
+    if not isinstance(tensor, nn.Parameter):
+        return tensor
+    out = tensor.detach().clone()
+    for dim, axis in enumerate(dims):
+        kept = rz.kept(axis)
+        if kept is not None:
+            out.index_fill_(dim, torch.from_numpy(np.setdiff1d(np.arange(axis.size), kept)), 0)
+    return out
+
+
+def _on_kept(rz: Resizer, node: Node, env: Mapping[Node, Any]) -> Any:
+    """Run one operator on the kept indices of its inputs; put the result back where it belongs."""
+    scratch = torch.fx.Graph()
+    twins = {source: scratch.placeholder(source.name) for source in node.all_input_nodes}
+    twin = scratch.node_copy(node, lambda n: twins[n])
+    rule = rule_for(node.target)
+    if rule is not None and rule.resize is not None:
+        rule.resize(_Twin(rz, {twin: node, **{t: s for s, t in twins.items()}}), twin)
+    small = {twins[source]: _select(env[source], rz, rz.of(source)) for source in twins}
+    args, kwargs = map_arg((twin.args, twin.kwargs), lambda n: small[n])
+    result = twin.target(*args, **kwargs)  # type: ignore[operator]
+    dims = rz.analysis.dims[node]
+    if isinstance(result, (tuple, list)):
+        return tuple(_scatter(r, rz, d) for r, d in zip(result, dims, strict=True))
+    return _scatter(result, rz, dims)
+
+
+class _Twin(Resizer):
+    def __init__(self, rz: Resizer, original: Mapping[Node, Node]) -> None:
+        super().__init__(rz.analysis, rz._kept)
+        self._original = original
+
+    def of(self, arg: object) -> tuple[Axis, ...]:
+        return super().of(self._original.get(arg, arg))  # type: ignore[arg-type]
+
+
+def _select(value: Any, rz: Resizer, dims: tuple[Axis, ...]) -> Any:
+    if not is_tensor(value):
+        return value
+    for dim, axis in enumerate(dims):
+        kept = rz.kept(axis)
+        if kept is not None:
+            value = value.index_select(dim, torch.from_numpy(kept))
+    return value
+
+
+def _scatter(value: Any, rz: Resizer, dims: tuple[Axis, ...]) -> Any:
+    if not is_tensor(value):
+        return value
+    for dim, axis in enumerate(dims):
+        kept = rz.kept(axis)
+        if kept is not None:
+            shape = list(value.shape)
+            shape[dim] = int(axis.size)
+            value = value.new_zeros(shape).index_copy(dim, torch.from_numpy(kept), value)
+    return value
