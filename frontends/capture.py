@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from ..graph.errors import CaptureError
-from ..graph.program import InputSpec, Program
+from ..graph.program import InputSpec, Program, copy_graph_module
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +77,15 @@ def capture(
     gm = exported.module(check_guards=False)
     assert isinstance(gm, GraphModule)
     out_spec = gm._out_spec
+    # Export's own check of the inputs expects the caller's structure; the Program checks and flattens by itself.
+    gm._forward_pre_hooks.clear()
+    gm._forward_pre_hooks_with_kwargs.clear()
     gm.graph.set_codegen(CodeGen())
     _flatten_output(gm)
     _inline_mode_regions(gm)
     _drop_checks(gm)
+    gm = copy_graph_module(gm)  # without the input checks that torch.export hooks to its module
     gm.graph.lint()
-    gm.recompile()
     inputs = tuple(
         _input_spec(name, leaf, labels.get(i, {})) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
     )
