@@ -77,9 +77,6 @@ def capture(
     gm = exported.module(check_guards=False)
     assert isinstance(gm, GraphModule)
     out_spec = gm._out_spec
-    # Export's own check of the inputs expects the caller's structure; the Program checks and flattens by itself.
-    gm._forward_pre_hooks.clear()
-    gm._forward_pre_hooks_with_kwargs.clear()
     gm.graph.set_codegen(CodeGen())
     _flatten_output(gm)
     _inline_mode_regions(gm)
