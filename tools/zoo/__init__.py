@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from . import (
     diffusers_models,
+    odd_cases,
+    timm_models,
     torch_cnn,
     torch_models,
     transformers_models,
@@ -22,7 +24,7 @@ __all__ = ["ZOO", "Case", "Entry", "entries", "missing", "seeded_init", "tensors
 
 ZOO: dict[str, Entry] = {}
 for _module in (torch_models, torch_cnn, transformers_models, transformers_more, transformers_vision,
-                diffusers_models):
+                diffusers_models, timm_models, odd_cases):
     for _entry in _module.ENTRIES:
         if _entry.name in ZOO:
             raise ValueError(f"the zoo has two entries named {_entry.name}")

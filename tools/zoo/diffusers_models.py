@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from .entry import Case, Entry, case, image, source
+from .timm_shim import load
 
 NEEDS = ("diffusers",)
 CROSS = 20                                 # features of the text states, a program input
@@ -18,7 +18,7 @@ LATENT = 4
 
 def make(name: str, /, **config: Any) -> nn.Module:
     """Build a diffusers model by the name of its class."""
-    return getattr(importlib.import_module("diffusers"), name)(**config)
+    return getattr(load("diffusers"), name)(**config)
 
 
 def steps(b: int) -> torch.Tensor:

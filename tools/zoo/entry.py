@@ -80,8 +80,11 @@ def source(seed: int) -> torch.Generator:
 
 
 def image(batch: int, channels: int, *size: int, seed: int = 1) -> torch.Tensor:
-    """Return a random normal tensor (batch, channels, *size)."""
-    return torch.randn(batch, channels, *size, generator=source(seed + batch))
+    """Return a random tensor (batch, channels, *size); samples differ in contrast and mean, as pictures do."""
+    gen = source(seed + batch)
+    x = torch.randn(batch, channels, *size, generator=gen)
+    contrast = 0.5 + torch.arange(batch).view(-1, *[1] * (x.ndim - 1)) % 3 * 0.5
+    return x * contrast + torch.randn(batch, channels, *[1] * len(size), generator=gen) * (len(size) > 1)
 
 
 def tokens(batch: int, length: int, vocabulary: int, seed: int = 2) -> torch.Tensor:

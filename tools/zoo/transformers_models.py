@@ -6,7 +6,6 @@ Text models share these sizes: width 42, feed-forward 56, 6 query heads of 8 whe
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from .entry import Case, Entry, case, image, tokens
+from .timm_shim import load
 
 NEEDS = ("transformers",)
 VOCAB = 61
@@ -22,7 +22,7 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 def make(model: str, config: str, package: str | None = None, /, **values: Any) -> nn.Module:
     """Build a transformers model by the names of its classes; a cache is never returned."""
-    library = importlib.import_module(package or "transformers")
+    library = load(package or "transformers")
     built = getattr(library, config)(**values)
     built.use_cache = False
     return getattr(library, model)(built)
@@ -41,9 +41,10 @@ def llama(kv: int, heads: int = 6, attention: str = "sdpa", mask: bool = True, *
     width = 7 * heads
 
     def build() -> Case:
-        return text(make("LlamaForCausalLM", "LlamaConfig", vocab_size=VOCAB, hidden_size=width, intermediate_size=56,
-                         num_hidden_layers=2, num_attention_heads=heads, num_key_value_heads=kv, head_dim=8,
-                         attn_implementation=attention, max_position_embeddings=32, **SPECIAL, **more), mask=mask)
+        values = dict(vocab_size=VOCAB, hidden_size=width, intermediate_size=56, num_hidden_layers=2,
+                      num_attention_heads=heads, num_key_value_heads=kv, head_dim=8, attn_implementation=attention,
+                      max_position_embeddings=32, **SPECIAL)
+        return text(make("LlamaForCausalLM", "LlamaConfig", **(values | more)), mask=mask)
     return build
 
 

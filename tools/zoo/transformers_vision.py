@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .entry import Case, Entry, case, image, tokens
+from .timm_shim import load
 from .transformers_models import NEEDS, SPECIAL, VOCAB, make
 
 VIT = dict(hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6, image_size=16,
@@ -62,7 +62,7 @@ def sam_encoder(**more: Any) -> Callable[[], Case]:
 
 def sam() -> Case:
     """Image encoder, point prompts and mask decoder."""
-    library = importlib.import_module("transformers")
+    library = load("transformers")
     config = library.SamConfig(
         vision_config=sam_config(), prompt_encoder_config=dict(
             hidden_size=20, image_size=32, patch_size=4, mask_input_channels=8, num_point_embeddings=4),
@@ -84,7 +84,7 @@ def segformer() -> Case:
 
 def detr() -> Case:
     """DETR: convolutional backbone, encoder and decoder with learned queries, two heads."""
-    library = importlib.import_module("transformers")
+    library = load("transformers")
     backbone = library.ResNetConfig(embedding_size=6, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic",
                                     out_features=["stage2"])
     config = library.DetrConfig(backbone_config=backbone, use_timm_backbone=False, backbone=None,
@@ -135,7 +135,7 @@ def wav2vec2(stable: bool) -> Callable[[], Case]:
 
 def llava() -> Case:
     """LLaVA: image tokens projected into the places of image tokens in a Llama."""
-    library = importlib.import_module("transformers")
+    library = load("transformers")
     config = library.LlavaConfig(
         vision_config=library.CLIPVisionConfig(hidden_size=24, intermediate_size=28, num_hidden_layers=2,
                                                num_attention_heads=3, image_size=16, patch_size=8),
