@@ -86,8 +86,10 @@ def _look_up(target: Any) -> AxesRule | None:
         return _foreign[target]
     if target is operator.getitem:
         return AxesRule(_getitem)
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    if not isinstance(target, torch._ops.OpOverload):
         return None
+    if target.namespace != "aten":
+        return linear.FOREIGN.get(target._schema.name)
     special = shape.RULES_BY_OVERLOAD.get(str(target))
     if special is not None:
         return special

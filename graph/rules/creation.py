@@ -37,6 +37,8 @@ def frozen(reason: str) -> Callable[[Analysis, Node], Dims]:
     return axes
 
 
+_BY_VALUE = "histc bincount nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim searchsorted bucketize"
+
 RULES: dict[str, AxesRule] = {
     **{name: AxesRule(fill, resize_shape(0, "size")) for name in ("zeros", "ones", "full", "empty", "empty_permuted")},
     **{name: AxesRule(fill, resize_shape(1, "size")) for name in ("new_zeros", "new_ones", "new_full", "new_empty")},
@@ -47,4 +49,5 @@ RULES: dict[str, AxesRule] = {
     **{name: AxesRule(random) for name in ("rand", "randn", "randint", "randperm", "normal_functional")},
     "meshgrid": AxesRule(frozen("positions")),
     "one_hot": AxesRule(frozen("classes")),
+    **{name: AxesRule(frozen("counted or picked by value")) for name in _BY_VALUE.split()},
 }

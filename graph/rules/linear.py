@@ -112,6 +112,18 @@ def einsum(an: Analysis, node: Node) -> Dims:
     return tuple(letters[letter] for letter in output)
 
 
+def grouped_mm(an: Analysis, node: Node) -> Dims:
+    """Experts: rows ``x[tokens, in]``, sorted by expert, times ``weight[experts, in, out]``; offsets say which is whose."""
+    x, weight, offsets = (an.of(n) for n in node.args[:3])
+    if len(x) != 2 or len(weight) != 3:
+        an.freeze_all((*x, *weight), "a grouped matrix product of other ranks is not followed")
+        return an.fresh(node.meta["val"], "a grouped matrix product of other ranks is not followed")
+    an.unify(x[1], weight[1])
+    an.freeze_all((x[0], weight[0], *offsets), "rows are routed to experts by data")
+    _sum_over(an, x[1], node.args[:2])
+    return (x[0], weight[2])
+
+
 def _sum_over(an: Analysis, axis: Axis, operands: Sequence[object]) -> None:
     """A contraction with a weight is exact: the weight's slice goes. One of two activations needs a zero."""
     if not any(an.is_weight(operand) for operand in operands):
@@ -131,4 +143,8 @@ RULES: dict[str, AxesRule] = {
     "ger": AxesRule(outer),
     "bilinear": AxesRule(bilinear),
     "einsum": AxesRule(einsum),
+    "_grouped_mm": AxesRule(grouped_mm),
 }
+
+# Operators of other libraries, by their full name.
+FOREIGN: dict[str, AxesRule] = {"transformers::grouped_mm_fallback": AxesRule(grouped_mm)}
