@@ -7,16 +7,17 @@ quality):
 * ``digits-ddpm`` -- a diffusers ``UNet2DModel`` that predicts the noise in a noisy digit;
 * ``digits-classifier`` -- a :class:`DigitClassifier`, whose 64 features give a Frechet distance for digits.
 
-They let every pass be judged on a *trained* network without a download: damage done to random weights can not be
-told from noise, damage done to these shows up in the pictures. ``tools/train_digits.py`` makes them again.
+They let every pass be judged on a *trained* network without a download: damage done to random weights cannot
+be told from noise, damage done to these shows in the pictures. ``tools/train_digits.py`` makes them again.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ __all__ = [
 
 PREFIX = "builtin:"
 FOLDER = Path(__file__).resolve().parent
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 BUILTIN: tuple[str, ...] = ("digits-ddpm", "digits-classifier")
 """Names that :func:`load_builtin` knows; on a command line they are written ``builtin:NAME``."""
@@ -52,7 +55,7 @@ class DigitClassifier(nn.Module):
         classes: number of classes.
     """
 
-    def __init__(self, channels: tuple[int, int, int] = (32, 64, 64), features: int = 64, classes: int = 10) -> None:
+    def __init__(self, channels: Sequence[int] = (32, 64, 64), features: int = 64, classes: int = 10) -> None:
         super().__init__()
         first, second, third = channels
         self.config = {"channels": list(channels), "features": features, "classes": classes}
@@ -116,9 +119,9 @@ def load_builtin(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
     Returns:
         ``(module, args, kwargs)`` with the module in eval mode. For ``digits-ddpm``, args are a sample
-        ``[2, 1, 8, 8]`` float32 and a timestep ``[2]`` int64 (0 to 999), and kwargs ``{"return_dict": False}``,
-        so that it returns a one-tuple with the predicted noise. For ``digits-classifier``, args are images
-        ``[2, 1, 8, 8]`` and kwargs are empty.
+        ``[2, 1, 8, 8]`` float32 and a timestep ``[2]`` int64 (0 to 999), and kwargs
+        ``{"return_dict": False}``, so that it returns a one-tuple with the predicted noise. For
+        ``digits-classifier``, args are images ``[2, 1, 8, 8]`` and kwargs are empty.
 
     Raises:
         ValueError: there is no such model.
@@ -134,11 +137,11 @@ def load_builtin(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
 def digits_classifier() -> DigitClassifier:
-    """The trained digit classifier, in eval mode (see ``digits-classifier/training.json`` for its accuracy)."""
+    """The trained digit classifier, in eval mode; ``training.json`` beside its weights has its accuracy."""
     folder = builtin_folder("digits-classifier")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.random.fork_rng(devices=[]):
-        model = DigitClassifier(tuple(config["channels"]), config["features"], config["classes"])
+        model = DigitClassifier(**config)
     return _with_weights(model, folder)
 
 
@@ -146,8 +149,8 @@ def digits_images() -> tuple[Tensor, Tensor]:
     """Real handwritten digits under the fixed split that both models were trained with.
 
     Returns:
-        ``(train, held_out)``: float32 tensors ``[1437, 1, 8, 8]`` and ``[360, 1, 8, 8]`` in [-1, 1], where -1 is
-        blank paper and 1 is full ink.
+        ``(train, held_out)``: float32 tensors ``[1438, 1, 8, 8]`` and ``[359, 1, 8, 8]`` in [-1, 1], where
+        -1 is blank paper and 1 is full ink.
 
     Raises:
         ImportError: scikit-learn is not installed; the message names the extra that brings it.
@@ -158,7 +161,7 @@ def digits_images() -> tuple[Tensor, Tensor]:
 
 
 def digits_labels() -> tuple[Tensor, Tensor]:
-    """Labels 0 to 9 in the order of :func:`digits_images`: int64 tensors ``[1437]`` and ``[360]``.
+    """Labels 0 to 9 in the order of :func:`digits_images`: int64 tensors ``[1438]`` and ``[359]``.
 
     Raises:
         ImportError: scikit-learn is not installed; the message names the extra that brings it.
@@ -177,10 +180,10 @@ def _digits() -> tuple[Tensor, Tensor]:
             "the handwritten digits come with scikit-learn, which is not installed: "
             "run `pip install graphwright[test]`"
         ) from error
-    data = load_digits()
+    pixels, labels = load_digits(return_X_y=True)
     # Ink is stored as 0 to 16, so that 8 is the middle grey.
-    images = torch.from_numpy(data.images).to(torch.float32).div(8.0).sub(1.0).unsqueeze(1)
-    return images, torch.from_numpy(data.target).to(torch.int64)
+    images = torch.as_tensor(pixels, dtype=torch.float32).div(8.0).sub(1.0).reshape(-1, 1, 8, 8)
+    return images, torch.as_tensor(labels, dtype=torch.int64)
 
 
 def _split(count: int) -> tuple[Tensor, Tensor]:
@@ -193,19 +196,21 @@ def _split(count: int) -> tuple[Tensor, Tensor]:
 def _digits_ddpm(folder: Path) -> nn.Module:
     """Builds the diffusers UNet from its folder, in eval mode."""
     try:
-        from diffusers import UNet2DModel  # here, since importing diffusers takes seconds
+        # Here, since importing diffusers takes seconds.
+        from diffusers.models.unets.unet_2d import UNet2DModel
     except ImportError as error:
         raise ImportError(
             "builtin:digits-ddpm is a diffusers model and diffusers is not installed: "
-            "run `pip install graphwright[test]`"
+            "run `pip install graphwright[hf]`"
         ) from error
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.random.fork_rng(devices=[]):
         model = UNet2DModel.from_config(config)
+    assert isinstance(model, nn.Module)  # it is a tuple only where unused arguments are asked for
     return _with_weights(model, folder)
 
 
-def _with_weights(model: Model, folder: Path) -> Model:
+def _with_weights(model: _Module, folder: Path) -> _Module:
     """Loads ``model.safetensors`` strictly and sets eval mode."""
     from safetensors.torch import load_file
 
