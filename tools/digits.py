@@ -211,9 +211,7 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int = 8) -> by
     header = struct.pack(">IIBBBBB", canvas.shape[1], canvas.shape[0], 8, 0, 0, 0, 0)
     lines = b"".join(b"\0" + row.numpy().tobytes() for row in canvas)  # each line starts with filter 0, none
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""))
-    packed = (
-        struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks
-    )
+    packed = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 

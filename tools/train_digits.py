@@ -5,9 +5,7 @@
 
 Runs on one CPU thread with seeded generators, so that the same versions of the same libraries on the same
 kind of processor write the same weights. ``training.json`` in each folder records the settings and the
-measured quality. The classifier comes first: it judges the denoiser.
-
-It takes two extras: ``pip install graphwright[hf,test]``.
+measured quality. The classifier comes first: it judges the denoiser. Needs ``graphwright[hf,test]``.
 """
 
 from __future__ import annotations
@@ -102,9 +100,7 @@ def train_classifier(steps: int, batch: int, rate: float, seed: int) -> tuple[Di
     }
 
 
-def train_denoiser(
-    steps: int, batch: int, rate: float, decay: float, seed: int
-) -> tuple[UNet2DModel, Record]:
+def train_denoiser(steps: int, batch: int, rate: float, decay: float, seed: int) -> tuple[UNet2DModel, Record]:
     """Trains the noise predictor on the train split and keeps the moving average of its weights.
 
     Args:
@@ -293,9 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
         judge = DigitClassifier(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         judge.load_state_dict(load_file(folder / "model.safetensors"))
         judge.eval()
-        model, record = train_denoiser(
-            options.steps, options.batch, options.rate, options.decay, options.seed
-        )
+        model, record = train_denoiser(options.steps, options.batch, options.rate, options.decay, options.seed)
         record |= judge_denoiser(model, judge)
         save_denoiser(model, options.out / "digits-ddpm", record)
         print(json.dumps(record))

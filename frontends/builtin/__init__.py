@@ -177,8 +177,7 @@ def _digits() -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the handwritten digits come with scikit-learn, which is not installed: "
-            "run `pip install graphwright[test]`"
+            "the handwritten digits come with scikit-learn, which is not installed: run `pip install graphwright[test]`"
         ) from error
     pixels, labels = load_digits(return_X_y=True)
     # Ink is stored as 0 to 16, so that 8 is the middle grey.
@@ -200,8 +199,7 @@ def _digits_ddpm(folder: Path) -> nn.Module:
         from diffusers.models.unets.unet_2d import UNet2DModel
     except ImportError as error:
         raise ImportError(
-            "builtin:digits-ddpm is a diffusers model and diffusers is not installed: "
-            "run `pip install graphwright[hf]`"
+            "builtin:digits-ddpm is a diffusers model and diffusers is not installed: run `pip install graphwright[hf]`"
         ) from error
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.random.fork_rng(devices=[]):

@@ -99,9 +99,7 @@ def test_split_is_fixed_disjoint_and_in_range():
     assert all(torch.equal(a, b) for a, b in zip((train, held_out), digits_images(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("digit-ddpm", "digits-ddpm"), ("digits-clasifier", "digits-classifier")]
-)
+@pytest.mark.parametrize(("name", "near"), [("digit-ddpm", "digits-ddpm"), ("digits-clasifier", "digits-classifier")])
 def test_unknown_name_is_told_the_known_and_the_nearest(name, near):
     with pytest.raises(ValueError) as error:
         load_builtin(f"builtin:{name}")

@@ -49,9 +49,7 @@ def test_sampling_is_deterministic_and_blind_to_the_batch(unet):
     denoise = digits.denoiser(unet)
     whole = digits.sample_digits(denoise, 5, steps=4, seed=7)
     assert torch.equal(whole, digits.sample_digits(denoise, 5, steps=4, seed=7))
-    torch.testing.assert_close(
-        whole, digits.sample_digits(denoise, 5, steps=4, seed=7, batch=2), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(whole, digits.sample_digits(denoise, 5, steps=4, seed=7, batch=2), atol=1e-4, rtol=0)
     assert not torch.equal(whole, digits.sample_digits(denoise, 5, steps=4, seed=8))
     assert whole.shape == (5, 1, 8, 8) and whole.abs().max() <= 1.0
 
@@ -103,10 +101,7 @@ def test_frechet_agrees_with_the_matrix_square_root():
     linalg = pytest.importorskip("scipy.linalg")
     generator = torch.Generator().manual_seed(2)
     a = torch.randn(300, 8, generator=generator, dtype=torch.float64)
-    b = (
-        torch.randn(200, 8, generator=generator, dtype=torch.float64)
-        @ torch.rand(8, 8, generator=generator).double()
-    )
+    b = torch.randn(200, 8, generator=generator, dtype=torch.float64) @ torch.rand(8, 8, generator=generator).double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     root = linalg.sqrtm((cov_a @ cov_b).numpy()).real.trace()
     expected = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2.0 * root
