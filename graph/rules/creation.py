@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from .base import Analysis, AxesRule, Dims, resize_shape
+from .base import Analysis, AxesRule, Dims, Value, resize_shape
 
 POSITIONS = "values made from positions"
 
@@ -26,13 +26,16 @@ def random(an: Analysis, node: Node) -> Dims:
     return an.fresh(node.meta["val"], "random numbers of this size are drawn")
 
 
-def frozen(reason: str) -> Callable[[Analysis, Node], Dims]:
+def frozen(reason: str) -> Callable[[Analysis, Node], Value]:
     """Make the axes half of an operator that is deliberately not followed."""
 
-    def axes(an: Analysis, node: Node) -> Dims:
+    def axes(an: Analysis, node: Node) -> Value:
         for n in node.all_input_nodes:
             an.freeze_all(an.of(n), reason)
-        return an.fresh(node.meta["val"], reason)
+        value = node.meta["val"]
+        if isinstance(value, (tuple, list)):
+            return tuple(an.fresh(v, reason) for v in value)
+        return an.fresh(value, reason)
 
     return axes
 
