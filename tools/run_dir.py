@@ -1,0 +1,226 @@
+"""The directory of a run: finished stages with what they depended on, so that a stopped run goes on where it was.
+
+    DIR/graphwright-run.json    says that the directory is ours
+    DIR/recipe.resolved.yaml
+    DIR/state/NAME.json         one per finished stage: hash of its inputs, result, seconds, hashes of its files
+    DIR/NAME/...                what the stage wrote
+    DIR/report.json, report.html
+
+A stage works in a temporary directory beside its own, which is renamed when it is done; its state file is written last
+and removed first. Whatever is in `state/` is therefore whole, and whatever is not is done again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..graph.errors import ArtifactError, GraphwrightError
+
+MARK = "graphwright-run.json"
+FORMAT_VERSION = 1
+STATE, TEMPORARY = "state", ".partial-"
+
+
+class RunError(GraphwrightError):
+    """A run could not go on; what it has done so far is kept."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A stage that was done.
+
+    Attributes:
+        name: Of the stage, and of the directory of its files.
+        key: Hash of its inputs.
+        seconds: How long it took when it was done.
+        result: What it returned: plain data.
+        files: sha256 by path below its directory.
+        reused: Whether an earlier run did it.
+    """
+
+    name: str
+    key: str
+    seconds: float
+    result: Any
+    files: Mapping[str, str]
+    reused: bool
+
+
+def hash_of(data: Any) -> str:
+    """Return the sha256 of plain data, the same for equal data."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finite(data: Any) -> Any:
+    """Replace numbers that JSON cannot hold by None."""
+    if isinstance(data, Mapping):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence; other errors pass."""
+    try:
+        yield
+    except OSError as err:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EROFS: "the disk is read-only",
+            errno.EACCES: "writing there is not permitted",
+        }
+        if err.errno not in reasons:
+            raise
+        raise RunError(
+            f"cannot write to {where}: {reasons[err.errno]}; the same command goes on where it stopped"
+        ) from err
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    with disk_errors(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class RunDirectory:
+    """A run's directory, made or taken up again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path, recipe_name: str) -> RunDirectory:
+        """Make ``path``, or take it up again if an earlier run made it.
+
+        Raises:
+            RunError: It is a file, or a directory that holds something else.
+        """
+        with disk_errors(path):
+            if path.exists() and not path.is_dir():
+                raise RunError(f"--out {path} is a file; name a directory")
+            mark = path / MARK
+            if path.is_dir() and any(path.iterdir()) and not mark.exists():
+                raise RunError(f"--out {path} is not empty and no earlier run made it; name another directory")
+            (path / STATE).mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        if not mark.exists():
+            write_atomic(mark, json.dumps({"format_version": FORMAT_VERSION, "recipe": recipe_name}) + "\n")
+        run._check_mark()
+        for left in path.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        return run
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDirectory:
+        """Return the run in ``path``.
+
+        Raises:
+            ArtifactError: There is none.
+        """
+        if not (path / MARK).is_file():
+            raise ArtifactError(f"{path} is not the directory of a run: it has no {MARK}")
+        run = cls(path)
+        run._check_mark()
+        return run
+
+    def _check_mark(self) -> None:
+        try:
+            mark = json.loads((self.path / MARK).read_text(encoding="utf-8"))
+            version = mark["format_version"]
+        except (ValueError, KeyError, TypeError) as err:
+            raise ArtifactError(f"{self.path / MARK} is damaged: {err}") from None
+        if version != FORMAT_VERSION:
+            raise ArtifactError(f"{self.path} has run format {version}, this release reads {FORMAT_VERSION}")
+
+    def finished(self, name: str) -> Finished | None:
+        """Return a stage that was finished, None if it was not."""
+        try:
+            data = json.loads((self.path / STATE / f"{name}.json").read_text(encoding="utf-8"))
+            return Finished(name, data["key"], data["seconds"], data["result"], data["files"], True)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            # State files are replaced whole, so a damaged one is not ours: the stage counts as not done.
+            return None
+
+    def stages(self) -> list[Finished]:
+        """Return every finished stage in the order in which they were finished."""
+        files = sorted((self.path / STATE).glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        return [done for file in files if (done := self.finished(file.stem)) is not None]
+
+    def do(self, name: str, inputs: Any, work: Callable[[Path], Any]) -> Finished:
+        """Do a stage, unless it was done with the same inputs and its files are there.
+
+        Args:
+            name: Of the stage.
+            inputs: Plain data that the result depends on.
+            work: Writes its files below the directory it is given, which is new and empty, and returns plain data.
+
+        Raises:
+            RunError: The disk is full or not writable.
+        """
+        key = hash_of({"stage": name, "format_version": FORMAT_VERSION, "inputs": inputs})
+        known = self.finished(name)
+        if known is not None and known.key == key and self._present(known):
+            return known
+        start = time.perf_counter()
+        partial = self.path / f"{TEMPORARY}{os.getpid()}-{name}"
+        with disk_errors(self.path):
+            try:
+                partial.mkdir()
+                # Through JSON, so that a fresh result and one read back are the same.
+                result = json.loads(json.dumps(_finite(work(partial)), allow_nan=False))
+                files = {
+                    file.relative_to(partial).as_posix(): hash_file(file)
+                    for file in sorted(partial.rglob("*"))
+                    if file.is_file()
+                }
+                seconds = time.perf_counter() - start
+                self._replace(name, partial)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        state = {"stage": name, "key": key, "seconds": round(seconds, 3), "files": files, "result": result}
+        write_atomic(self.path / STATE / f"{name}.json", json.dumps(state, indent=1) + "\n")
+        return Finished(name, key, round(seconds, 3), result, files, False)
+
+    def _present(self, stage: Finished) -> bool:
+        return all((self.path / stage.name / file).is_file() for file in stage.files)
+
+    def _replace(self, name: str, partial: Path) -> None:
+        target = self.path / name
+        (self.path / STATE / f"{name}.json").unlink(missing_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        if any(partial.iterdir()):
+            os.replace(partial, target)
+
+    def keep_only(self, names: set[str]) -> None:
+        """Remove stages, with their files, that the recipe no longer has."""
+        for stage in self.stages():
+            if stage.name not in names:
+                (self.path / STATE / f"{stage.name}.json").unlink()
+                shutil.rmtree(self.path / stage.name, ignore_errors=True)
