@@ -86,8 +86,14 @@ class Zeros:
             return any(self.zero(n, leaf, depth) for n in holders)
         if name in ("div", "true_divide", "divide"):
             return node.args[0] in holders and self.zero(node.args[0], leaf, depth)  # type: ignore[arg-type]
-        if name == "pow" and isinstance(node.args[1], (int, float)) and node.args[1] <= 0:
-            return False
+        if name == "pow":  # x ** 2, not 2 ** x, and not x ** y, which is 1 where both are 0
+            base, exponent = node.args
+            return (
+                isinstance(base, Node)
+                and isinstance(exponent, (int, float))
+                and exponent > 0
+                and self.zero(base, leaf, depth)
+            )
         if name in _AFFINE:
             bias = arg(node, 2, "bias")
             through_weight = node.args[1] in holders

@@ -90,15 +90,34 @@ def _look_up(target: Any) -> AxesRule | None:
         return None
     if target.namespace != "aten":
         return linear.FOREIGN.get(target._schema.name)
-    special = shape.RULES_BY_OVERLOAD.get(str(target))
-    if special is not None:
-        return special
     name = target._schema.name.split("::")[1]
     if name not in ATEN and name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
-    if name in ATEN:
-        return ATEN[name]
-    return _POINTWISE if torch.Tag.pointwise in target.tags else None
+    rule = shape.RULES_BY_OVERLOAD.get(str(target)) or ATEN.get(name)
+    if rule is None and torch.Tag.pointwise in target.tags:
+        rule = _POINTWISE
+    return rule and AxesRule(_positional(rule.axes), rule.resize)
+
+
+def _positional(axes: Callable[[Analysis, Node], Value]) -> Callable[[Analysis, Node], Value]:
+    """Move arguments given by name (as only hand-made nodes have them) to their positions, where the rules read them."""
+
+    def positional(an: Analysis, node: Node) -> Value:
+        if node.kwargs:
+            args, kwargs = list(node.args), dict(node.kwargs)
+            for argument in node.target._schema.arguments[len(args) :]:  # type: ignore[union-attr]
+                if argument.kwarg_only or not kwargs.keys() & _names_from(node, len(args)):
+                    break
+                args.append(kwargs.pop(argument.name, argument.default_value))
+            if len(args) > len(node.args):
+                node.args, node.kwargs = tuple(args), kwargs
+        return axes(an, node)
+
+    return positional
+
+
+def _names_from(node: Node, index: int) -> set[str]:
+    return {a.name for a in node.target._schema.arguments[index:] if not a.kwarg_only}  # type: ignore[union-attr]
 
 
 def _getitem(an: Analysis, node: Node) -> Value:

@@ -40,7 +40,9 @@ def frozen(reason: str) -> Callable[[Analysis, Node], Value]:
     return axes
 
 
-_BY_VALUE = "histc bincount nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim searchsorted bucketize"
+_BY_VALUE = (
+    "histc bincount nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim searchsorted bucketize"
+)
 
 RULES: dict[str, AxesRule] = {
     **{name: AxesRule(fill, resize_shape(0, "size")) for name in ("zeros", "ones", "full", "empty", "empty_permuted")},
