@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
 
 def _attribute(gm: GraphModule, node: Node, mode: FakeTensorMode) -> Any:
     tensor = get_tensor(gm, str(node.target))
-    return node.meta.get("val") if tensor is None else _fake(mode, tensor)
+    # What is no tensor is a branch of `cond` or the body of an autocast region, which its operator calls.
+    return operator.attrgetter(str(node.target))(gm) if tensor is None else _fake(mode, tensor)
 
 
 def _run(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
