@@ -23,17 +23,22 @@ from .rules import Resizer, rule_for
 from .rules.base import is_tensor
 
 
-def mask_module(model: nn.Module, record: RemovalRecord) -> None:
-    """Set to zero, in place, every parameter entry that ``record`` removes. Buffers stay."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, dims in record.tensors.items():
-            parameter = parameters.get(name)
-            if parameter is None:
-                continue
-            for dim, cut in dims.items():
-                gone = torch.tensor(sorted(set(range(cut.of)) - set(cut.kept)), dtype=torch.long)
-                parameter.index_fill_(dim, gone, 0)
+def masked_parameters(model: nn.Module, record: RemovalRecord) -> dict[str, Tensor]:
+    """Return copies of the parameters that ``record`` shrinks, by name, with every removed entry set to zero.
+
+    Run the model with them by ``torch.func.functional_call``, which keeps tied parameters tied.
+    """
+    parameters = dict(model.named_parameters())
+    masked = {}
+    for name, dims in record.tensors.items():
+        if name not in parameters:
+            continue  # a buffer, or a second name of a tied parameter
+        out = parameters[name].detach().clone()
+        for dim, cut in dims.items():
+            gone = np.setdiff1d(np.arange(cut.of), np.asarray(cut.kept))
+            out.index_fill_(dim, torch.from_numpy(gone), 0)
+        masked[name] = out
+    return masked
 
 
 def masked_outputs(graph: DepGraph, keep: Mapping[str, Any], inputs: list[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .axes import Axis, factors
+from .axes import Axis, factors, find, leaves
 from .depgraph import DepGraph, check_keep, depgraph
 from .errors import PreconditionError
 from .program import Program, get_tensor, set_tensor
@@ -166,6 +166,32 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
         if rz.changed(graph[name].axis)
     }
     return RemovalRecord(groups, tensors)
+
+
+def reconcile(graph: DepGraph, keep: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Drop from ``keep`` the groups that together would leave a group norm an indivisible number of channels.
+
+    A group's own step is enough when it shrinks alone. Where two groups are factors of the same channels (a grouped
+    convolution before a group norm), shrinking both may not be legal; then the later one keeps its width.
+
+    Returns:
+        What can be removed together, and for each group that was dropped the reason.
+    """
+    allowed, dropped = dict(keep), dict[str, str]()
+    while True:
+        rz = Resizer(graph.analysis, check_keep(graph, allowed))
+        broken = next(
+            (c for c in graph.analysis.constraints if rz.changed(c.axis) and rz.size(c.axis) % c.groups), None
+        )
+        if broken is None:
+            return allowed, dropped
+        involved = set(leaves(broken.axis))
+        name = next(n for n in reversed(allowed) if find(graph[n].axis) in involved)
+        left = rz.size(broken.axis)
+        dropped[name] = (
+            f"with the other removals {left} channels would be left for {broken.groups} groups of %{broken.node.name}"
+        )
+        del allowed[name]
 
 
 class _OnCopy(Resizer):

@@ -20,7 +20,7 @@ from ..graph.cost import cost
 from ..graph.depgraph import CouplingGroup, DepGraph, depgraph
 from ..graph.errors import PreconditionError
 from ..graph.program import Program
-from ..graph.resize import RemovalRecord, resize
+from ..graph.resize import RemovalRecord, reconcile, resize
 from .base import Context, Pass, PassResult, Skipped
 from .importance import CRITERIA, NEEDS_GRADIENTS, NORMALISERS, REDUCTIONS, Scoring, calibration_gradients, importance
 from .ranking import Limits, global_widths, legal_width, local_widths, select
@@ -47,6 +47,15 @@ class RemovalResult(PassResult):
     """A `PassResult` that also lists every group's widths."""
 
     widths: tuple[GroupWidth, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one step removes: indices to keep by group, why a group was dropped, widths wanted before constraints."""
+
+    keep: Mapping[str, list[int]] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    wanted: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +123,19 @@ class RemoveChannels(Pass):
     def rewrite(self, program: Program, ctx: Context) -> PassResult:
         before = cost(program)
         graph = ctx.analysis(depgraph, program)
-        initial = {g.name: g.size for g in graph.groups}
+        groups = graph.groups
+        initial = {g.name: g.size for g in groups}
         if not initial:
             raise PreconditionError(f"{program.name} has no axis that can be removed: {_why_frozen(graph)}")
-        record, wanted = RemovalRecord(), dict[str, float]()
+        record, plan = RemovalRecord(), _Plan()
         for step in range(1, self.steps + 1):
             graph = ctx.analysis(depgraph, program)
-            keep, wanted = self._plan(graph, program, ctx, initial, step / self.steps)
-            if keep:
-                record = record.then(resize(program, keep, graph))
+            plan = self._plan(graph, program, ctx, initial, step / self.steps)
+            if plan.keep:
+                record = record.then(resize(program, plan.keep, graph))
             ctx.report("removal", step, self.steps)
         after = cost(program)
-        widths = _widths(depgraph(program) if record.groups else graph, record, initial, wanted)
+        widths = [_width(g, record, plan) for g in groups]
         stats = {
             "groups": len(initial),
             "groups_shrunk": len(record.groups),
@@ -135,12 +145,14 @@ class RemoveChannels(Pass):
             "macs_before": before.total_macs,
             "macs_after": after.total_macs,
         }
-        return RemovalResult(bool(record.groups), stats, self._skipped(widths, graph), record, tuple(widths))
+        skipped = tuple(
+            Skipped(w.group, self._why_whole(g, w, plan))
+            for g, w in zip(groups, widths, strict=True)
+            if w.after == w.before
+        )
+        return RemovalResult(bool(record.groups), stats, skipped, record, tuple(widths))
 
-    def _plan(
-        self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int], part: float
-    ) -> tuple[dict[str, list[int]], dict[str, float]]:
-        """Return the indices to keep by group, and the widths that were wanted before constraints."""
+    def _plan(self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int], part: float) -> _Plan:
         ratios = {g.name: self._ratio(g) * part for g in graph.groups}
         groups = [g for g in graph.groups if ratios[g.name] > 0]
         gradients = calibration_gradients(program, ctx) if self.criterion in NEEDS_GRADIENTS and groups else {}
@@ -160,7 +172,7 @@ class RemoveChannels(Pass):
             width = legal_width(g, wanted[g.name], initial[g.name], Limits(self.max_ratio, self.min_width, align))
             if width < g.size:
                 keep[g.name] = select(g, scores[g.name], width)
-        return keep, wanted
+        return _Plan(*reconcile(graph, keep), wanted)
 
     def _ratio(self, group: CouplingGroup) -> float:
         names = (group.name, *(m.name for m in group.members))
@@ -175,40 +187,23 @@ class RemoveChannels(Pass):
             return self.head_group_ratio
         return self.head_dim_ratio if group.kind in HEAD_DIM_KINDS else self.ratio
 
-    def _skipped(self, widths: list[GroupWidth], graph: DepGraph) -> tuple[Skipped, ...]:
-        by_name = {g.name: g for g in graph.groups}
-        out = []
-        for w in widths:
-            if w.after < w.before:
-                continue
-            group = by_name[w.group]
-            if self._ratio(group) == 0:
-                reason = "its ratio is 0 (ignored, or of a kind that was not asked for)"
-            elif w.wanted >= w.before:
-                reason = "no index of it is among the least important of its scope"
-            else:
-                reason = (
-                    f"{w.before} of {w.before} stay where {w.wanted:.4g} were wanted: indices go in steps of {group.step}, "
-                    f"min_width {self.min_width}, max_ratio {self.max_ratio}, round_to {self.round_to}"
-                )
-            out.append(Skipped(w.group, reason))
-        return tuple(out)
-
-
-def _widths(
-    graph: DepGraph, record: RemovalRecord, initial: Mapping[str, int], wanted: Mapping[str, float]
-) -> list[GroupWidth]:
-    kinds = {g.name: g.kind for g in graph.groups}
-    return [
-        GroupWidth(
-            name,
-            kinds.get(name, ""),
-            size,
-            wanted.get(name, float(size)),
-            len(record.groups[name].kept) if name in record.groups else size,
+    def _why_whole(self, group: CouplingGroup, width: GroupWidth, plan: _Plan) -> str:
+        """Say why a group kept its width."""
+        if self._ratio(group) == 0:
+            return "its ratio is 0 (ignored, or of a kind that was not asked for)"
+        if group.name in plan.dropped:
+            return plan.dropped[group.name]
+        if width.wanted >= width.before:
+            return "no index of it is among the least important of its scope"
+        return (
+            f"{width.before} of {width.before} stay where {width.wanted:.4g} were wanted: indices go in steps of "
+            f"{group.step}, min_width {self.min_width}, max_ratio {self.max_ratio}, round_to {self.round_to}"
         )
-        for name, size in initial.items()
-    ]
+
+
+def _width(group: CouplingGroup, record: RemovalRecord, plan: _Plan) -> GroupWidth:
+    after = len(record.groups[group.name].kept) if group.name in record.groups else group.size
+    return GroupWidth(group.name, group.kind, group.size, plan.wanted.get(group.name, float(group.size)), after)
 
 
 def _why_frozen(graph: DepGraph) -> str:

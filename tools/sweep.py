@@ -8,7 +8,6 @@ Per model: groups, how many removals were exact or renormalised as labelled, axe
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 
 from ..frontends.capture import capture
 from ..graph.depgraph import CouplingGroup, DepGraph, depgraph
-from ..graph.oracle import mask_module, masked_outputs
+from ..graph.oracle import masked_outputs, masked_parameters
 from ..graph.program import Program
-from ..graph.resize import RemovalRecord, resize
+from ..graph.resize import RemovalRecord, reconcile, resize
 from .zoo import ZOO
 from .zoo.entry import Case, Entry
 
@@ -108,6 +107,8 @@ def random_keep(group: CouplingGroup, generator: torch.Generator) -> list[int]:
 def judge(row: Row, case: Case, graph: DepGraph, keep: dict[str, list[int]], groups: list[CouplingGroup]) -> None:
     """Remove, run, and compare with the oracle; record the outcome in ``row``."""
     name = groups[0].name if len(groups) == 1 else f"all {len(groups)} groups"
+    keep = reconcile(graph, keep)[0]
+    groups = [g for g in groups if g.name in keep]
     if all(len(keep[g.name]) == g.size for g in groups):
         row.frozen["no legal removal (group norm)"] = row.frozen.get("no legal removal (group norm)", 0) + 1
         return
@@ -149,10 +150,9 @@ def outputs_of(program: Program, case: Case) -> list[Tensor]:
 
 def masked_eager(model: nn.Module, record: RemovalRecord, case: Case) -> list[Tensor]:
     """Run the original module, untouched by any of our machinery, with the removed parameters set to zero."""
-    masked = copy.deepcopy(model)
-    mask_module(masked, record)
+    masked = masked_parameters(model, record)
     with torch.no_grad():
-        return floats(flat(masked(*case.args, **case.kwargs)))
+        return floats(flat(torch.func.functional_call(model, masked, case.args, case.kwargs)))
 
 
 def flat(value: Any) -> list[Any]:

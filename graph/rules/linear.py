@@ -137,6 +137,7 @@ RULES: dict[str, AxesRule] = {
     "bmm": AxesRule(matmul),
     "mv": AxesRule(matmul),
     "dot": AxesRule(matmul),
+    "vdot": AxesRule(matmul),
     "addmm": AxesRule(addmm),
     "baddbmm": AxesRule(addmm),
     "outer": AxesRule(outer),
