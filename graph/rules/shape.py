@@ -12,6 +12,7 @@ from ..axes import Axis, Size
 from .base import Analysis, AxesRule, Dims, Resizer, Value, arg, out_sizes, resize_shape
 
 DYNAMIC_CUT = "cut at a dynamic position"
+OVERLAPPING = "cut into overlapping sections"
 
 
 def reshape(an: Analysis, node: Node) -> Dims:
@@ -125,9 +126,10 @@ def resize_repeat(rz: Resizer, node: Node) -> None:
 def repeat_interleave(an: Analysis, node: Node) -> Dims:
     """Every index ``times`` times in a row: ``Product(x, times)``."""
     x = an.of(node.args[0])
-    times, dim = node.args[1], arg(node, 2, "dim")
+    times, dim = arg(node, 1, "repeats"), arg(node, 2, "dim")
     if not isinstance(times, int) or dim is None:
-        an.freeze_all(x, "repeated by data")
+        for n in node.all_input_nodes:
+            an.freeze_all(an.of(n), "repeated by data")
         return an.fresh(node.meta["val"], "repeated by data")
     d = dim % len(x)
     inner = an.leaf(times)
@@ -137,7 +139,7 @@ def repeat_interleave(an: Analysis, node: Node) -> Dims:
 
 def resize_repeat_interleave(rz: Resizer, node: Node) -> None:
     """The number of repeats is the size of the inner axis; the size of the result may be written out too."""
-    times, dim = node.args[1], arg(node, 2, "dim")
+    times, dim = arg(node, 1, "repeats"), arg(node, 2, "dim")
     if not isinstance(times, int) or dim is None:
         return
     x, out = rz.of(node.args[0]), rz.of(node)
@@ -189,11 +191,23 @@ def unsqueeze(an: Analysis, node: Node) -> Dims:
 def squeeze(an: Analysis, node: Node) -> Dims:
     """Dimensions of size 1 vanish: those named, or all."""
     x = an.of(node.args[0])
-    dims = arg(node, 1, "dim")
-    named = (
-        range(len(x)) if dims is None else [d % len(x) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
-    )
-    return tuple(axis for d, axis in enumerate(x) if not (d in named and axis.size == 1))
+    gone = _squeezed(x, arg(node, 1, "dim"))
+    return tuple(axis for d, axis in enumerate(x) if d not in gone)
+
+
+def _squeezed(x: Dims, dims: object) -> list[int]:
+    named = dims if isinstance(dims, (list, tuple)) else [dims]
+    at = range(len(x)) if dims is None else [d % len(x) for d in named if x]
+    return sorted(d for d in at if x[d].size == 1)
+
+
+def resize_squeeze(rz: Resizer, node: Node) -> None:
+    """A dimension of which one index stays must not vanish: what vanishes is named."""
+    x = rz.of(node.args[0])
+    if any(rz.size(axis) == 1 for axis in x if rz.changed(axis)):
+        in_place = node.target._schema.name.endswith("_")  # type: ignore[union-attr]
+        node.target = torch.ops.aten.squeeze_.dims if in_place else torch.ops.aten.squeeze.dims
+        node.args, node.kwargs = (node.args[0], _squeezed(x, arg(node, 1, "dim"))), {}
 
 
 def cat(an: Analysis, node: Node) -> Dims:
@@ -270,7 +284,7 @@ def slice_(an: Analysis, node: Node) -> Dims:
     axis, size, step = x[d], out_sizes(node)[d], arg(node, 4, "step", 1)
     bounds = _bounds(axis, arg(node, 2, "start"), arg(node, 3, "end"))
     if bounds is None:
-        if axis.size == size:
+        if axis.size == size and step == 1:
             return x
         an.freeze(axis, DYNAMIC_CUT)
         return (*x[:d], an.leaf(size, DYNAMIC_CUT), *x[d + 1 :])
@@ -298,7 +312,8 @@ def resize_slice(rz: Resizer, node: Node) -> None:
     if not rz.changed(x[d]):
         return
     bounds = _bounds(x[d], arg(node, 2, "start"), arg(node, 3, "end"))
-    assert bounds is not None
+    if bounds is None:  # a dynamic size of which everything is taken
+        return
     node.args = (node.args[0], d, rz.prefix(x[d], bounds[0]), rz.prefix(x[d], bounds[1]), *node.args[4:])
     node.kwargs = {k: v for k, v in node.kwargs.items() if k == "step"}
 
@@ -308,13 +323,17 @@ def narrow(an: Analysis, node: Node) -> Dims:
     x = an.of(node.args[0])
     d = node.args[1] % len(x)  # type: ignore[operator]
     start, length = node.args[2], node.args[3]
-    bounds = _bounds(x[d], start, start + length) if isinstance(start, int) and isinstance(length, int) else None  # type: ignore[operator]
-    if bounds is None:
+    if type(x[d].size) is not int or not isinstance(start, int) or not isinstance(length, int):
         an.freeze(x[d], DYNAMIC_CUT)
         return (*x[:d], an.leaf(out_sizes(node)[d], DYNAMIC_CUT), *x[d + 1 :])
-    section = an.section(x[d], *bounds)
+    start = _start(start, x[d].size)
+    section = an.section(x[d], start, start + length)
     assert section is not None
     return (*x[:d], section, *x[d + 1 :])
+
+
+def _start(start: int, size: int) -> int:
+    return start + size if start < 0 else start
 
 
 def resize_narrow(rz: Resizer, node: Node) -> None:
@@ -324,8 +343,9 @@ def resize_narrow(rz: Resizer, node: Node) -> None:
     if rz.changed(x[d]):
         start, length = node.args[2], node.args[3]
         assert isinstance(start, int) and isinstance(length, int)
-        first = rz.prefix(x[d], start % x[d].size)
-        node.args = (node.args[0], d, first, rz.prefix(x[d], start % x[d].size + length) - first)
+        start = _start(start, x[d].size)
+        first = rz.prefix(x[d], start)
+        node.args = (node.args[0], d, first, rz.prefix(x[d], start + length) - first)
 
 
 def select(an: Analysis, node: Node) -> Dims:
@@ -362,9 +382,13 @@ def split(an: Analysis, node: Node) -> Value:
     x = an.of(node.args[0])
     d = arg(node, 2, "dim", 0) % len(x)
     values = [an.fresh(value)[d].size for value in node.meta["val"]]
-    if type(x[d].size) is not int or not all(type(v) is int for v in values):
-        an.freeze(x[d], DYNAMIC_CUT)
-        return tuple((*x[:d], an.leaf(v, DYNAMIC_CUT), *x[d + 1 :]) for v in values)
+    by_data = len(node.all_input_nodes) > 1
+    if by_data or type(x[d].size) is not int or not all(type(v) is int for v in values) or sum(values) != x[d].size:
+        reason = OVERLAPPING if not by_data and type(x[d].size) is int else DYNAMIC_CUT
+        an.freeze(x[d], reason)
+        for n in node.all_input_nodes[1:]:
+            an.freeze_all(an.of(n), reason)
+        return tuple((*x[:d], an.leaf(v, reason), *x[d + 1 :]) for v in values)
     out, offset = [], 0
     for size in values:
         section = an.section(x[d], offset, offset + size)
@@ -413,7 +437,7 @@ def triangle(an: Analysis, node: Node) -> Dims:
     return x
 
 
-def atleast_or_view_as_complex(an: Analysis, node: Node) -> Dims:
+def view_as_complex_or_real(an: Analysis, node: Node) -> Dims:
     """``view_as_complex`` drops, ``view_as_real`` adds a last dimension of 2."""
     x = an.of(node.args[0])
     size = out_sizes(node)
@@ -445,7 +469,7 @@ RULES: dict[str, AxesRule] = {
     "movedim": AxesRule(movedim),
     "moveaxis": AxesRule(movedim),
     "unsqueeze": AxesRule(unsqueeze),
-    "squeeze": AxesRule(squeeze),
+    "squeeze": AxesRule(squeeze, resize_squeeze),
     "cat": AxesRule(cat),
     "concat": AxesRule(cat),
     "concatenate": AxesRule(cat),
@@ -472,8 +496,12 @@ RULES: dict[str, AxesRule] = {
     "diagonal": AxesRule(diagonal),
     "triu": AxesRule(triangle),
     "tril": AxesRule(triangle),
-    "view_as_complex": AxesRule(atleast_or_view_as_complex),
-    "view_as_real": AxesRule(atleast_or_view_as_complex),
+    "view_as_complex": AxesRule(view_as_complex_or_real),
+    "view_as_real_copy": AxesRule(view_as_complex_or_real),
+    "view_as_real": AxesRule(view_as_complex_or_real),
 }
 
-RULES_BY_OVERLOAD: dict[str, AxesRule] = {"aten.view.dtype": AxesRule(view_dtype)}
+RULES_BY_OVERLOAD: dict[str, AxesRule] = {
+    "aten.view.dtype": AxesRule(view_dtype),
+    "aten.view_copy.dtype": AxesRule(view_dtype),
+}

@@ -10,14 +10,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-hypothesis.settings.register_profile(
-    "graph",
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+OPTIONS = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "phases": (hypothesis.Phase.generate, hypothesis.Phase.shrink),
+    "suppress_health_check": list(hypothesis.HealthCheck),
+}
+hypothesis.settings.register_profile("graph", max_examples=20, **OPTIONS)
+# For work on a rule: pytest --hypothesis-profile=thorough
+hypothesis.settings.register_profile("thorough", max_examples=500, **OPTIONS)
 hypothesis.settings.load_profile("graph")
 torch.set_num_threads(1)

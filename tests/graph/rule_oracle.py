@@ -58,7 +58,7 @@ class Call:
 
 
 def call(target: Any, *args: Any, expect: str = "", out: str = "", **options: Any) -> Call:
-    """Make a `Call`; ``expect`` and ``out`` are separated by spaces, ``options`` are the operator's and `Call`'s own."""
+    """Make a `Call`; words are separated by spaces; ``options`` are the operator's by name, or `Call`'s own."""
     own = {k: options.pop(k) for k in ("mask_all", "random") if k in options}
     return Call(target, args, options, tuple(expect.split()), tuple(out.split()), **own)
 
@@ -146,11 +146,13 @@ class Table:
     cases: list[Case] = field(default_factory=list)
     exact: bool = False
 
-    def __call__(self, names: str) -> Callable[[Callable[[Draw], Call]], Callable[[Draw], Call]]:
+    def __call__(
+        self, names: str, exact: bool | None = None
+    ) -> Callable[[Callable[[Draw], Call]], Callable[[Draw], Call]]:
         """Register the decorated function, which draws a call, for the operators in ``names``."""
 
         def register(make: Callable[[Draw], Call]) -> Callable[[Draw], Call]:
-            self.cases.append(Case(tuple(names.split()), make, self.exact))
+            self.cases.append(Case(tuple(names.split()), make, self.exact if exact is None else exact))
             return make
 
         return register
@@ -168,12 +170,12 @@ def name_of(target: Any) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def check_case(case: Case, examples: int = 20) -> None:
-    """Check the law on random calls of ``case``, and that it was put to the test."""
+def check_case(case: Case, share: float = 1) -> None:
+    """Check the law on random calls of ``case``, ``share`` of the profile's number, and that it was put to the test."""
     seen: set[str] = set()
     tally = {"removed": 0, "free": 0}
 
-    @settings(max_examples=examples)
+    @settings(max_examples=max(1, round(share * settings().max_examples)))
     @given(st.data())
     def law(data: st.DataObject) -> None:
         made = case.make(Draw(data))

@@ -39,7 +39,8 @@ DTYPES = (torch.float64, torch.int64, torch.bool, torch.complex128)
 # Covered below by hand: they draw random numbers, or their operands do not simply broadcast.
 BY_HAND = frozenset(
     "dropout feature_dropout alpha_dropout feature_alpha_dropout rrelu rand_like randn_like bernoulli normal uniform "
-    "empty_like prelu copy where sym_size sym_stride sym_numel sym_storage_offset item _local_scalar_dense to type_as fill _conj".split()
+    "empty_like prelu copy where to type_as fill _conj sym_size sym_numel sym_stride sym_storage_offset item "
+    "_local_scalar_dense".split()
 )
 
 
@@ -257,12 +258,12 @@ def test_operator_commutes_with_removal(case: Case) -> None:
 
 @pytest.mark.parametrize("case", schema_cases(BY_SCHEMA))
 def test_elementwise_operator_commutes_with_removal(case: Case) -> None:
-    check_case(case, examples=4)
+    check_case(case, share=0.2)
 
 
 @pytest.mark.parametrize("case", schema_cases(TAGGED))
 def test_operator_tagged_pointwise_commutes_with_removal(case: Case) -> None:
-    check_case(case, examples=4)
+    check_case(case, share=0.2)
 
 
 @pytest.mark.parametrize("name", sorted(elementwise.ZERO_PRESERVING - {"data", "to", "prelu", "view_as_complex"}))
