@@ -1,57 +1,88 @@
-"""The one place where the command line meets the backends: export a program, and run what was exported."""
+"""Where the command line meets the backends: export a program, and call what was exported like the program."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
+from torch import Tensor
 
 from ..graph.program import Program
+from .recipe_schema import Check, OnnxExport
 
-Runner = Callable[..., Any]
-
-
-def export_onnx(program: Program, directory: Path, **options: Any) -> dict[str, Any]:
-    try:
-        from ..backends.onnx_export import export_onnx as export
-    except ModuleNotFoundError:
-        return _temporary(program, directory)
-    return vars(export(program, directory, **options))
+Call = Callable[..., Any]
 
 
-def _temporary(program: Program, directory: Path) -> dict[str, Any]:
-    args, kwargs = program.example_inputs()
-    flat = [x for x in program.example if isinstance(x, torch.Tensor)]
-    shapes = tuple({d: torch.export.Dim.DYNAMIC for d, n in enumerate(s.shape) if isinstance(n, str)} for s in program.inputs if s.is_tensor)
+def export_onnx(program: Program, directory: Path, options: OnnxExport, check: Check) -> dict[str, Any]:
+    """Export to ONNX, compared in ONNX Runtime before this returns; return the manifest.
 
-    class Flat(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gm = program.module()
+    Raises:
+        GraphwrightError: It cannot be exported, or the file computes something else.
+    """
+    from ..backends.onnx_export import export_onnx as export
 
-        def forward(self, *xs):
-            it = iter(xs)
-            leaves = [next(it) if s.is_tensor else s.constant for s in program.inputs]
-            return program.graph_module(*leaves)
+    artifact = export(
+        program,
+        directory,
+        opset=options.opset,
+        fp16=options.fp16,
+        providers=options.providers,
+        tolerance=check.tolerance,
+        fp16_tolerance=options.fp16_tolerance,
+        second_shape=check.second_shape,
+    )
+    return dict(artifact.manifest)
 
-    ep = torch.export.export(Flat(), tuple(flat), dynamic_shapes=(shapes,), strict=False)
-    torch.onnx.export(ep, dynamo=True, verbose=False).save(str(directory / "model.onnx"))
-    return {}
+
+def export_torchscript(program: Program, directory: Path, check: Check) -> dict[str, Any]:
+    """Export to TorchScript, compared before this returns; return the manifest.
+
+    Raises:
+        GraphwrightError: It cannot be exported, or the file computes something else.
+    """
+    from ..backends.torchscript import export_torchscript as export
+
+    return dict(export(program, directory, tolerance=check.tolerance).manifest)
 
 
-def onnx_runner(directory: Path, program: Program, threads: int | None = None) -> Runner:
-    import onnxruntime as ort
+def kind_of(directory: Path) -> str | None:
+    """Return which export ``directory`` holds, None if it holds none."""
+    from ..backends import onnx_runner, torchscript
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    session = ort.InferenceSession(str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    for backend in (onnx_runner, torchscript):
+        try:
+            manifest = json.loads((directory / backend.MANIFEST_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(manifest, dict) and manifest.get("kind") == backend.KIND:
+            return backend.KIND
+    return None
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        leaves, _ = pytree.tree_flatten((args, kwargs))
-        tensors = [x.numpy() for x in leaves if isinstance(x, torch.Tensor)]
-        return session.run(None, dict(zip((i.name for i in session.get_inputs()), tensors, strict=True)))
 
-    return run
+def load_call(directory: Path, threads: int | None = None, providers: tuple[str, ...] | None = None) -> Call:
+    """Load the export in ``directory``; what is returned takes the program's arguments and gives its output tensors.
+
+    Raises:
+        GraphwrightError: The directory holds no complete export.
+    """
+    from ..backends import onnx_runner, torchscript
+
+    runner: Any
+    if kind_of(directory) == torchscript.KIND:
+        runner = torchscript.TorchScriptRunner(directory)
+    else:
+        runner = onnx_runner.OnnxRunner(directory, providers, threads=threads)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # An export takes tensors alone: everything else is a constant of the capture.
+        return runner(*(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+
+    return call
+
+
+def size_of(manifest: Mapping[str, Any]) -> int:
+    """Return the bytes of an export's files."""
+    return sum(int(facts["bytes"]) for facts in manifest["files"].values())

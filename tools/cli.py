@@ -1,41 +1,208 @@
-"""The command line: ``graphwright VERB``. Thin: each verb reads its options and calls the library."""
+"""The command line: ``graphwright VERB``. Each verb reads its options and calls the library; nothing is computed here.
+
+Exit codes: 0 done, 1 a check or a stage failed, 2 wrong usage or a wrong recipe. Results go to standard output,
+progress and errors to standard error. Everything heavy is imported inside the verbs: ``--help`` needs no torch.
+"""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Compress and accelerate PyTorch models on one graph.")
+BENCHMARKS = {"depgraph": ("graphwright.tools.bench.depgraph:main", "coupling groups compared with Torch-Pruning")}
+EVERYWHERE = ("--quiet", "-q", "--verbose", "-v")
+
+
+class Verbs(TyperGroup):
+    """The group of verbs: errors become one sentence and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # The switches that concern every verb may be written before or after it; `bench` hands on what follows it.
+        if "bench" not in args:
+            args = [*(a for a in args if a in EVERYWHERE), *(a for a in args if a not in EVERYWHERE)]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        from .errors import explain
+
+        try:
+            return super().invoke(ctx)
+        except Exception as err:
+            code, sentence = explain(err)
+            if sentence is None or ctx.params.get("verbose"):
+                raise
+            from .render import print_error
+
+            print_error(sentence)
+            raise typer.Exit(code) from err
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The switches that every verb knows."""
+
+    quiet: bool
+    verbose: bool
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Compress and accelerate PyTorch models on one graph.",
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="builtin:NAME, a transformers or diffusers directory, package.module:factory, or the directory of a run.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: passes.remove-channels.ratio=0.5. Repeatable."),
+]
+
+
+def _version(show: bool) -> None:
+    if show:
+        from .. import __version__
+
+        typer.echo(f"graphwright {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def shared(
+    ctx: typer.Context,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log, and show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress and accelerate PyTorch models on one graph."""
+    ctx.obj = Shared(quiet, verbose)
+    import logging
+
+    logging.getLogger("graphwright").setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
 
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe: a YAML file or the short name of one that ships.")],
-    out: Annotated[Path | None, typer.Option(help="Directory of the run.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value")] = None,
+    ctx: typer.Context,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A YAML file, the name of a shipped recipe, or with --pass a model."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory of the run; runs/RECIPE if left out.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what the passes would do; write nothing.")] = False,
+    as_json: JsonOption = False,
+    settings: SetOption = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", metavar="PASS", help="Apply this to a model: 'remove-channels{ratio=0.3}'. Repeatable."),
+    ] = None,
 ) -> None:
-    """Run a recipe."""
-    import json
+    """Capture, apply passes, export, check and report; a run that stopped goes on where it was."""
+    from . import verbs
 
-    from .recipe import load_recipe
-    from .run import Runner
-
-    loaded = load_recipe(recipe, set_ or ())
-    typer.echo(json.dumps(Runner(loaded, out or Path("runs") / loaded.name)(), indent=1))
+    made = verbs.recipe_of(recipe, passes or (), settings or ())
+    if dry_run:
+        verbs.dry_run(made, as_json, ctx.obj.quiet)
+        return
+    if not verbs.run(made, out or Path("runs") / (made.name or "run"), as_json, ctx.obj.quiet):
+        raise typer.Exit(1)
 
 
 @app.command()
-def groups(model: Annotated[str, typer.Argument(help="builtin:NAME, a directory, or package.module:factory.")]) -> None:
-    """List the coupling groups of a model."""
-    from ..frontends.capture import capture
-    from ..graph.depgraph import depgraph
-    from .run import load
+def groups(
+    model: ModelArgument,
+    as_json: JsonOption = False,
+    frozen: Annotated[bool, typer.Option("--frozen", help="List what cannot be removed as well, and why.")] = False,
+    members: Annotated[bool, typer.Option("--members", help="List the tensors of every group.")] = False,
+) -> None:
+    """List which dimensions of a model must change together."""
+    from . import verbs
 
-    loaded = load(model)
-    for g in depgraph(capture(loaded.model, loaded.args, loaded.kwargs, loaded.dynamic)).groups:
-        typer.echo(f"{g.name}  {g.kind}  {g.size}  {g.exactness}  {len(g.members)}")
+    verbs.groups(model, as_json, frozen, members)
+
+
+@app.command()
+def check(
+    ctx: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, an export, or a saved program.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Check what is in a directory: hashes, loading, and exports against the program."""
+    from . import verbs
+
+    if not verbs.check(directory, as_json, ctx.obj.quiet):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="The directory of a run, or a model.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
+    kind: Annotated[str, typer.Option("--to", help="onnx or torchscript.")] = "onnx",
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Half precision (ONNX).")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export the result of a run, or a model as it is."""
+    from . import verbs
+
+    verbs.export(source, out, kind, opset, fp16, as_json)
+
+
+@app.command()
+def passes(as_json: JsonOption = False) -> None:
+    """List the passes with their options."""
+    from . import verbs
+
+    verbs.passes(as_json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(
+    ctx: typer.Context, name: Annotated[str | None, typer.Argument(help="Which; without it they are listed.")] = None
+) -> None:
+    """Run a benchmark; what follows its name is handed to it."""
+    if name is None or name in ("--help", "-h"):
+        for known, (_, what) in BENCHMARKS.items():
+            typer.echo(f"{known}  {what}")
+        return
+    if name not in BENCHMARKS:
+        raise typer.BadParameter(f"there is no benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
+    module, _, function = BENCHMARKS[name][0].partition(":")
+    sys.argv = [f"graphwright bench {name}", *ctx.args]
+    code = getattr(import_module(module), function)()
+    if code:
+        raise typer.Exit(int(code))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what is installed, and what of it does not work."""
+    from . import verbs
+
+    if not verbs.doctor(as_json):
+        raise typer.Exit(1)
 
 
 def main() -> None:

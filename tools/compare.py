@@ -9,96 +9,103 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ..backends.compare import default_tolerance, dynamic_sizes, example_like, other_sizes, run_program
 from ..graph.errors import PreconditionError
 from ..graph.program import Program
 
 Run = Callable[..., Any]
-BATCH = "batch"
+SEED = 1
 
 
-def dynamic_sizes(program: Program) -> dict[str, int]:
-    """Return the example size of every dynamic dimension, by its name."""
-    sizes: dict[str, int] = {}
-    for spec, leaf in zip(program.inputs, program.example, strict=True):
-        for dim, size in enumerate(spec.shape):
-            if isinstance(size, str):
-                sizes[size] = int(leaf.shape[dim])
-    return sizes
+def tolerance_of(program: Program, wanted: float | None) -> float:
+    """Return ``wanted``, or what fits the coarsest dtype of the program."""
+    return default_tolerance(program) if wanted is None else wanted
+
+
+def inputs_at(program: Program, sizes: Mapping[str, int] | None, seed: int | None = SEED) -> list[Any]:
+    """Return flat inputs like the example's at ``sizes`` of the dynamic dimensions.
+
+    Raises:
+        PreconditionError: ``sizes`` names a dimension that is not dynamic.
+    """
+    try:
+        return example_like(program, sizes, seed)
+    except ValueError as err:
+        raise PreconditionError(str(err)) from None
 
 
 def second_sizes(program: Program, wanted: bool | Mapping[str, int]) -> dict[str, int] | None:
-    """Return the sizes of the second comparison; None where there is nothing to vary or it is not wanted.
+    """Return the sizes for a second comparison, None where there is nothing to vary or it is not wanted.
 
     Raises:
-        PreconditionError: ``wanted`` names a dimension that is not dynamic.
+        PreconditionError: ``wanted`` names a dimension that is not dynamic, or the program runs at no other size.
     """
-    known = dynamic_sizes(program)
-    if isinstance(wanted, Mapping):
-        for name in wanted:
-            if name not in known:
-                raise PreconditionError(
-                    f"check.second_shape names the dimension {name!r}; the dynamic ones are {', '.join(known) or 'none'}"
-                )
-        return {**known, **wanted}
-    if not wanted or not known:
+    if wanted is False or not dynamic_sizes(program):
         return None
-    return {name: size + 1 if name == BATCH else 2 * size for name, size in known.items()}
+    candidates = [dict(wanted)] if isinstance(wanted, Mapping) else list(other_sizes(program))
+    failure: Exception | None = None
+    for sizes in candidates:
+        flat = inputs_at(program, sizes)
+        try:
+            run_program(program, flat)
+        # Operators refuse shapes with any exception; the last one is part of the message.
+        except Exception as err:
+            failure = err
+            continue
+        return {**dynamic_sizes(program), **sizes}
+    reason = next(iter(str(failure).splitlines()), "")
+    raise PreconditionError(
+        f"{program.name} has the dynamic dimensions {', '.join(dynamic_sizes(program))} but does not run at "
+        f"{candidates[-1]}: {reason}; give sizes that it takes in check.second_shape"
+    ) from failure
 
 
-def inputs_at(program: Program, sizes: Mapping[str, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the example inputs with their dynamic dimensions at ``sizes``, by repeating or dropping indices."""
-    leaves = []
-    for spec, value in zip(program.inputs, program.example, strict=True):
-        for dim, name in enumerate(spec.shape):
-            if isinstance(name, str) and name in sizes and isinstance(value, Tensor):
-                index = torch.arange(sizes[name], device=value.device) % value.shape[dim]
-                value = value.index_select(dim, index)
-        leaves.append(value)
-    return pytree.tree_unflatten(leaves, program.in_spec)
-
-
-@torch.no_grad()
-def differences(program: Program, run: Run, sizes: Mapping[str, int]) -> dict[str, Any]:
+def differences(program: Program, run: Run, sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Run both on the same inputs and measure how far the outputs are apart.
 
     Args:
         program: The reference.
         run: Called like the program.
-        sizes: Of the dynamic dimensions.
+        sizes: Of the dynamic dimensions; None takes the example's.
 
     Returns:
-        ``sizes``; ``max_abs``, the largest difference of any output; ``max_rel``, the largest of the differences
-        divided by the largest magnitude of their output; ``magnitude``, the largest magnitude; ``outputs``.
+        ``sizes``; ``max_abs``, the largest difference of any output; ``max_rel``, the largest of the differences over
+        the largest magnitude of their output; ``magnitude``, the largest magnitude; ``outputs``, the same of each.
+        A difference is infinite where one side is not finite and the other is not the same.
     """
-    args, kwargs = inputs_at(program, sizes)
-    want = tensors_of(program(*args, **kwargs))
-    got = tensors_of(run(*args, **kwargs))
+    flat = inputs_at(program, sizes)
+    want = tensors_of(run_program(program, flat))
+    args, kwargs = pytree.tree_unflatten(flat, program.in_spec)
+    with torch.no_grad():
+        got = tensors_of(run(*args, **kwargs))
     if len(want) != len(got):
         raise PreconditionError(f"the export gives {len(got)} outputs, the program {len(want)}")
     outputs = [_difference(a, b) for a, b in zip(want, got, strict=True)]
     return {
-        "sizes": dict(sizes),
-        "max_abs": max((o["max_abs"] for o in outputs), default=0.0),
-        "max_rel": max((o["max_rel"] for o in outputs), default=0.0),
-        "magnitude": max((o["magnitude"] for o in outputs), default=0.0),
+        "sizes": {**dynamic_sizes(program), **(sizes or {})},
+        **{key: max((o[key] for o in outputs), default=0.0) for key in ("max_abs", "max_rel", "magnitude")},
         "outputs": outputs,
     }
 
 
 def tensors_of(value: Any) -> list[Tensor]:
     """Return the tensors of any output structure, NumPy arrays included, in order."""
-    leaves, _ = pytree.tree_flatten(value)
-    return [torch.as_tensor(leaf) for leaf in leaves if leaf is not None and hasattr(leaf, "shape")]
+    return [torch.as_tensor(leaf) for leaf in pytree.tree_leaves(value) if hasattr(leaf, "shape")]
 
 
 def _difference(want: Tensor, got: Tensor) -> dict[str, Any]:
     if want.shape != got.shape:
-        raise PreconditionError(f"the export gives an output of shape {list(got.shape)}, the program {list(want.shape)}")
-    if not want.numel():
-        return {"shape": list(want.shape), "max_abs": 0.0, "max_rel": 0.0, "magnitude": 0.0}
+        raise PreconditionError(
+            f"the export gives an output of shape {list(got.shape)}, the program {list(want.shape)}"
+        )
+    facts: dict[str, Any] = {"shape": list(want.shape), "max_abs": 0.0, "max_rel": 0.0, "magnitude": 0.0}
     a, b = want.detach().cpu().double(), got.detach().cpu().double()
-    magnitude, apart = float(a.abs().max()), float((a - b).abs().max())
-    # A difference that is no number must fail every tolerance and still be valid JSON.
-    apart = apart if apart == apart else float("inf")
-    relative = apart / magnitude if magnitude > 0 else (0.0 if apart == 0 else float("inf"))
-    return {"shape": list(want.shape), "max_abs": apart, "max_rel": relative, "magnitude": magnitude}
+    finite = a.isfinite()
+    same = torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) and bool(b[finite].isfinite().all())
+    if not same:
+        return {**facts, "max_abs": float("inf"), "max_rel": float("inf")}
+    if finite.any():
+        magnitude, apart = float(a[finite].abs().max()), float((a - b)[finite].abs().max())
+        facts |= {"max_abs": apart, "magnitude": magnitude}
+        facts["max_rel"] = apart / magnitude if magnitude > 0 else (0.0 if apart == 0 else float("inf"))
+    return facts

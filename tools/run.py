@@ -1,142 +1,292 @@
-"""Run a recipe: capture, passes, exports with checks, samples, latency, report; each a stage that a rerun skips."""
+"""Run a recipe: capture, passes, exports, samples, latency and the report, each a stage that a rerun skips."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from ..frontends.capture import capture
-from ..graph.cost import cost
 from ..graph.depgraph import depgraph
+from ..graph.errors import GraphwrightError
 from ..graph.program import Program
-from ..passes.base import Context, Pipeline
+from ..graph.serialize import load_program, save_program
+from ..passes.base import Context, Pass, Pipeline
 from ..passes.options import plain
+from ..passes.text import show
 from . import artifacts
-from .compare import differences, dynamic_sizes, second_sizes
-from .recipe import Recipe
+from .calibration import context_of
+from .compare import inputs_at
+from .facts import cost_facts, frozen_facts, group_facts, input_facts, machine
+from .latency import measure, torch_threads
+from .recipe_schema import Measure, Recipe, Samples
 from .run_dir import Finished, RunDirectory, write_atomic
+from .source import Source, load_source
 
-RESOLVED = "recipe.resolved.yaml"
-PACKAGES = ("graphwright", "torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
-
-
-@dataclass
-class Loaded:
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    dynamic: Any = None
-    source: str = ""
+RESOLVED, PROGRAM = "recipe.resolved.yaml", "program"
+CAPTURE, ONNX, ONNX_ORIGINAL, TORCHSCRIPT = "capture", "onnx", "onnx-original", "torchscript"
+SAMPLES, LATENCY = "samples", "latency"
 
 
-def load(spec: str) -> Any:
-    try:
-        from ..frontends.load_model import load_model
-    except ModuleNotFoundError:
-        if spec.startswith("builtin:"):
-            from ..frontends.builtin import load_builtin
+class Ui(Protocol):
+    """What a run tells whoever watches it."""
 
-            return Loaded(*load_builtin(spec), source=spec)
-        module, _, name = spec.partition(":")
-        return Loaded(*getattr(import_module(module), name)(), source=spec)
-    return load_model(spec)
+    def begin(self, name: str, what: str) -> None:
+        """A stage begins; it may turn out to be done already."""
+
+    def end(self, stage: Finished) -> None:
+        """The stage is done."""
+
+    def fail(self, name: str, error: Exception) -> None:
+        """The stage failed; the run goes on with what does not need it."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Part of a long stage is done."""
 
 
 class Silent:
-    """What a run tells nobody."""
+    """A `Ui` that tells nobody."""
 
-    @contextmanager
-    def stage(self, name: str, what: str) -> Iterator[None]:
-        yield
+    def begin(self, name: str, what: str) -> None: ...
+
+    def end(self, stage: Finished) -> None: ...
+
+    def fail(self, name: str, error: Exception) -> None: ...
 
     def progress(self, what: str, done: int, total: int) -> None: ...
 
-    def finished(self, stage: Finished) -> None: ...
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        recipe: What was run.
+        directory: Where.
+        stages: The finished stages in order.
+        failures: Why a stage failed, by its name.
+    """
+
+    recipe: Recipe
+    directory: Path
+    stages: tuple[Finished, ...]
+    failures: dict[str, str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every stage was done."""
+        return not self.failures
+
+    def __getitem__(self, name: str) -> Finished:
+        """Return the finished stage ``name``."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def __contains__(self, name: str) -> bool:
+        return any(stage.name == name for stage in self.stages)
+
+
+def pass_stage(index: int, step: Pass) -> str:
+    """Return the name of the stage of the pass at ``index``, counted from 0."""
+    return f"pass-{index + 1}-{step.name}"
 
 
 @dataclass
 class Runner:
+    """Runs one recipe in one directory. `__call__` may be called once."""
+
     recipe: Recipe
     out: Path
-    ui: Any = field(default_factory=Silent)
+    ui: Ui = field(default_factory=Silent)
 
-    def __call__(self) -> dict[str, Any]:
-        self.directory = RunDirectory.open(self.out, self.recipe.name)
-        write_atomic(self.out / RESOLVED, self.recipe.to_yaml())
-        self.stages: list[Finished] = []
-        first = self._do("capture", "capture the model", self._capture_inputs(), self._capture)
-        key = first.key
-        self.original = self.program
-        for i, step in enumerate(self.recipe.passes, 1):
-            inputs = {"before": key, "pass": step.name, "options": plain(step), "seed": self.recipe.seed}
-            key = self._do(f"{i}-{step.name}", f"apply {step}", inputs, lambda folder, s=step: self._pass(s, folder)).key
-        if self.recipe.export.onnx:
-            self._do("onnx", "export to ONNX and compare", {"before": key, "options": plain(self.recipe.export.onnx), "check": plain(self.recipe.check)}, self._onnx)
-        return {s.name: s.result for s in self.stages}
+    def __post_init__(self) -> None:
+        self._stages: list[Finished] = []
+        self._failures: dict[str, str] = {}
+        self._programs: dict[str, Program] = {}
+
+    def __call__(self) -> Outcome:
+        """Do every stage that is not done yet.
+
+        Raises:
+            GraphwrightError: The model cannot be captured, a pass refuses or fails, or the directory is not usable.
+                What is finished by then stays, and the next run goes on from there.
+        """
+        self._directory = RunDirectory.open(self.out, self.recipe.name)
+        with self._directory.locked():
+            write_atomic(self.out / RESOLVED, self.recipe.to_yaml())
+            self._directory.keep_only(set(self._names()))
+            before = self._captured()
+            for index, step in enumerate(self.recipe.passes):
+                before = self._passed(index, step, before)
+            self._exported(before)
+            if self.recipe.samples is not None:
+                self._sampled(self.recipe.samples, before)
+            if self.recipe.measure is not None:
+                self._measured(self.recipe.measure, before)
+        return Outcome(self.recipe, self.out, tuple(self._stages), self._failures)
+
+    def _names(self) -> Iterator[str]:
+        yield from (CAPTURE, ONNX, ONNX_ORIGINAL, TORCHSCRIPT, SAMPLES, LATENCY)
+        yield from (pass_stage(i, step) for i, step in enumerate(self.recipe.passes))
 
     def _do(self, name: str, what: str, inputs: Any, work: Callable[[Path], Any]) -> Finished:
-        with self.ui.stage(name, what):
-            done = self.directory.do(name, inputs, work)
-        self.stages.append(done)
-        self.ui.finished(done)
-        return done
+        self.ui.begin(name, what)
+        with seeded(self.recipe.seed):
+            stage = self._directory.do(name, inputs, work)
+        self._stages.append(stage)
+        self.ui.end(stage)
+        return stage
+
+    def _try(self, name: str, what: str, inputs: Any, work: Callable[[Path], Any]) -> None:
+        """Do a stage that nothing else stands on: its failure fails the run but does not stop it."""
+        try:
+            self._do(name, what, inputs, work)
+        except GraphwrightError as err:
+            self._directory.forget(name)
+            self._failures[name] = str(err)
+            self.ui.fail(name, err)
+
+    def _program(self, stage: Finished) -> Program:
+        """Return the program that a stage left, from memory or from its directory."""
+        holder = stage.result["program"]
+        if holder not in self._programs:
+            self._programs[holder] = load_program(self.out / holder / PROGRAM)
+        return self._programs[holder]
+
+    def _keep(self, holder: str, program: Program, folder: Path) -> None:
+        save_program(program, folder / PROGRAM)
+        self._programs[holder] = program
+
+    # ------------------------------------------------------------------ stages
 
     @cached_property
-    def loaded(self) -> Any:
-        return load(self.recipe.model)
+    def _source(self) -> Source:
+        return load_source(self.recipe)
 
-    def _capture_inputs(self) -> Any:
-        return {"model": self.recipe.model, "weights": weights_hash(self.loaded.model), "versions": versions()}
+    def _captured(self) -> Finished:
+        def work(folder: Path) -> Any:
+            program = self._source.capture()
+            graph = depgraph(program)
+            self._keep(CAPTURE, program, folder)
+            return {
+                "program": CAPTURE,
+                "name": program.name,
+                "notes": list(program.notes),
+                "inputs": input_facts(program),
+                "cost": cost_facts(program),
+                "groups": group_facts(graph),
+                "frozen": frozen_facts(graph),
+                "unknown": list(graph.unknown),
+                "versions": self._source.key()["versions"],
+            }
 
-    def _capture(self, folder: Path) -> Any:
-        loaded = self.loaded
-        self.program = capture(loaded.model, loaded.args, loaded.kwargs, loaded.dynamic)
-        graph = depgraph(self.program)
-        return {"name": self.program.name, "notes": list(self.program.notes), "groups": len(graph.groups)}
+        self.ui.begin("load", f"load {self.recipe.model}")
+        return self._do(CAPTURE, "capture the model", {**self._source.key(), "seed": self.recipe.seed}, work)
 
-    def _pass(self, step: Any, folder: Path) -> Any:
-        result = Pipeline([step])(self.program, Context(progress=self.ui.progress))
-        self.program = result.output
-        record = result.records[0]
-        return {"text": record.text, "stats": dict(record.result.stats)}
+    def _passed(self, index: int, step: Pass, before: Finished) -> Finished:
+        name = pass_stage(index, step)
 
-    def _onnx(self, folder: Path) -> Any:
-        artifacts.export_onnx(self.program, folder)
-        run = artifacts.onnx_runner(folder, self.program)
-        checks = [differences(self.program, run, dynamic_sizes(self.program))]
-        more = second_sizes(self.program, self.recipe.check.second_shape)
-        if more:
-            checks.append(differences(self.program, run, more))
-        return {"checks": checks, "ok": all(c["max_rel"] <= self.recipe.check.tolerance for c in checks)}
+        def work(folder: Path) -> Any:
+            result = Pipeline([step])(self._program(before), self._context)
+            record = result.records[0]
+            if record.result.modified:
+                self._keep(name, result.output, folder)
+            return {
+                "program": name if record.result.modified else before.result["program"],
+                "name": step.name,
+                "text": show(step),
+                "modified": record.result.modified,
+                "stats": dict(record.result.stats),
+                "skipped": [{"site": s.site, "reason": s.reason} for s in record.result.skipped],
+                "widths": [vars(width) for width in getattr(record.result, "widths", ())],
+                "removal": None if record.result.removal is None else record.result.removal.to_json(),
+                "cost": cost_facts(result.output),
+            }
+
+        calibration = None if self.recipe.calibration is None else plain(self.recipe.calibration)
+        inputs = {"before": before.key, "pass": step.name, "options": plain(step), "calibration": calibration}
+        return self._do(name, show(step), inputs, work)
+
+    @cached_property
+    def _context(self) -> Context:
+        return context_of(self.recipe.calibration, self.ui.progress)
+
+    def _exported(self, last: Finished) -> None:
+        onnx, check = self.recipe.export.onnx, self.recipe.check
+        first = self._stages[0]
+        if onnx is not None:
+            inputs = {"options": plain(onnx), "check": plain(check)}
+            if onnx.original and first.result["program"] != last.result["program"]:
+                self._try(
+                    ONNX_ORIGINAL,
+                    "export the original to ONNX",
+                    {"before": first.key, **inputs},
+                    lambda folder: artifacts.export_onnx(self._program(first), folder, onnx, check),
+                )
+            self._try(
+                ONNX,
+                "export to ONNX",
+                {"before": last.key, **inputs},
+                lambda folder: artifacts.export_onnx(self._program(last), folder, onnx, check),
+            )
+        if self.recipe.export.torchscript is not None:
+            self._try(
+                TORCHSCRIPT,
+                "export to TorchScript",
+                {"before": last.key, "check": plain(check)},
+                lambda folder: artifacts.export_torchscript(self._program(last), folder, check),
+            )
+
+    def _runners(self, last: Finished, threads: int | None, exports_only: bool) -> dict[str, Callable[..., Any]]:
+        """Return what can be called like the model, by label: the exports, and the programs in PyTorch."""
+        first = self._stages[0]
+        labels = {"original": (first, ONNX_ORIGINAL), "result": (last, ONNX)}
+        if first.result["program"] == last.result["program"]:
+            labels.pop("original")
+        found: dict[str, Callable[..., Any]] = {}
+        for label, (stage, export) in labels.items():
+            exported = any(s.name == export for s in self._stages)
+            if not exported or not exports_only:
+                found[f"{label}, PyTorch"] = self._program(stage)
+            if exported:
+                providers = self.recipe.export.onnx.providers if self.recipe.export.onnx else None
+                found[f"{label}, ONNX Runtime"] = artifacts.load_call(self.out / export, threads, providers)
+        return found
+
+    def _done(self) -> dict[str, str]:
+        return {stage.name: stage.key for stage in self._stages if stage.name != SAMPLES}
+
+    def _sampled(self, options: Samples, last: Finished) -> None:
+        from .samples import draw, require_digits
+
+        def work(folder: Path) -> Any:
+            require_digits(self._program(last))
+            runners = self._runners(last, 1, exports_only=True)
+            return draw(runners, options, folder, self.ui.progress)
+
+        self._try(SAMPLES, "draw samples", {"after": self._done(), "options": plain(options)}, work)
+
+    def _measured(self, options: Measure, last: Finished) -> None:
+        def work(folder: Path) -> Any:
+            program = self._program(last)
+            sizes = {} if options.batch is None else {"batch": options.batch}
+            args, kwargs = torch.utils._pytree.tree_unflatten(inputs_at(program, sizes), program.in_spec)
+            with torch_threads(options.threads) as threads, torch.no_grad():
+                runners = self._runners(last, options.threads, exports_only=False)
+                calls = {label: (lambda r=runner: r(*args, **kwargs)) for label, runner in runners.items()}
+                times = measure(calls, options.runs, self.ui.progress)
+            return {"times": times, "threads": threads, "batch": options.batch, "machine": machine()}
+
+        inputs = {"after": self._done(), "options": plain(options), "machine": machine()}
+        self._try(LATENCY, "measure latency", inputs, work)
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Return a hash of every parameter and buffer, names included."""
-    digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what takes part in a run."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw torch's random numbers from ``seed`` inside the block and leave the global state as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -29,7 +29,7 @@ from ..graph.errors import ArtifactError, GraphwrightError
 
 MARK = "graphwright-run.json"
 FORMAT_VERSION = 1
-STATE, TEMPORARY = "state", ".partial-"
+STATE, LOCK, TEMPORARY = "state", ".lock", ".partial-"
 
 
 class RunError(GraphwrightError):
@@ -131,9 +131,9 @@ class RunDirectory:
         run = cls(path)
         if not mark.exists():
             write_atomic(mark, json.dumps({"format_version": FORMAT_VERSION, "recipe": recipe_name}) + "\n")
-        run._check_mark()
-        for left in path.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        other = run._check_mark().get("recipe")
+        if other != recipe_name:
+            raise RunError(f"--out {path} holds a run of the recipe {other!r}; name another directory")
         return run
 
     @classmethod
@@ -149,7 +149,7 @@ class RunDirectory:
         run._check_mark()
         return run
 
-    def _check_mark(self) -> None:
+    def _check_mark(self) -> dict[str, Any]:
         try:
             mark = json.loads((self.path / MARK).read_text(encoding="utf-8"))
             version = mark["format_version"]
@@ -157,6 +157,7 @@ class RunDirectory:
             raise ArtifactError(f"{self.path / MARK} is damaged: {err}") from None
         if version != FORMAT_VERSION:
             raise ArtifactError(f"{self.path} has run format {version}, this release reads {FORMAT_VERSION}")
+        return mark
 
     def finished(self, name: str) -> Finished | None:
         """Return a stage that was finished, None if it was not."""
@@ -218,9 +219,34 @@ class RunDirectory:
         if any(partial.iterdir()):
             os.replace(partial, target)
 
+    def forget(self, name: str) -> None:
+        """Remove a stage with its files."""
+        (self.path / STATE / f"{name}.json").unlink(missing_ok=True)
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
     def keep_only(self, names: set[str]) -> None:
-        """Remove stages, with their files, that the recipe no longer has."""
+        """Remove stages that the recipe no longer has."""
         for stage in self.stages():
             if stage.name not in names:
-                (self.path / STATE / f"{stage.name}.json").unlink()
-                shutil.rmtree(self.path / stage.name, ignore_errors=True)
+                self.forget(stage.name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the directory inside the block. The lock goes with the process, however it ends.
+
+        Raises:
+            RunError: Another run is at work in it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on Windows, where two runs in one directory are up to the user
+            yield
+            return
+        with (self.path / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"another run is at work in {self.path}; wait for it or name another --out") from None
+            for left in self.path.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield

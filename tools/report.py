@@ -1,0 +1,100 @@
+"""The report of a run: what was done to the model, what came out, and what was refused; as data, JSON and HTML."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .artifacts import size_of
+from .run import CAPTURE, LATENCY, ONNX, ONNX_ORIGINAL, SAMPLES, TORCHSCRIPT, Outcome, pass_stage
+from .run_dir import write_atomic
+
+FORMAT_VERSION = 1
+JSON_FILE, HTML_FILE = "report.json", "report.html"
+EXPORTS = (ONNX_ORIGINAL, ONNX, TORCHSCRIPT)
+
+
+def write_report(outcome: Outcome) -> dict[str, Any]:
+    """Write ``report.json`` and ``report.html`` of a run, unless they are as they should be; return the data."""
+    from .report_html import render
+
+    data = report_data(outcome)
+    pictures = {
+        model["file"]: (outcome.directory / SAMPLES / model["file"]).read_bytes()
+        for model in (data["samples"] or {"models": {}})["models"].values()
+    }
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    page = render(data, {name: data_uri(png) for name, png in pictures.items()})
+    for name, content in ((JSON_FILE, text), (HTML_FILE, page)):
+        file = outcome.directory / name
+        if not file.is_file() or file.read_text(encoding="utf-8") != content:
+            write_atomic(file, content)
+    return data
+
+
+def report_data(outcome: Outcome) -> dict[str, Any]:
+    """Return the report of a run as plain data."""
+    first = outcome[CAPTURE].result
+    passes = [outcome[pass_stage(i, step)] for i, step in enumerate(outcome.recipe.passes)]
+    after = passes[-1].result["cost"] if passes else first["cost"]
+    return {
+        "format_version": FORMAT_VERSION,
+        "ok": outcome.ok,
+        "failures": dict(outcome.failures),
+        "recipe": {"name": outcome.recipe.name, **outcome.recipe.to_data()},
+        "model": {key: first[key] for key in ("name", "inputs", "notes", "unknown")},
+        "versions": first["versions"],
+        "cost": {"before": first["cost"], "after": after},
+        "groups": group_widths(first["groups"], [stage.result for stage in passes]),
+        "frozen": first["frozen"],
+        "passes": [
+            {**{k: v for k, v in stage.result.items() if k != "removal"}, "seconds": stage.seconds} for stage in passes
+        ],
+        "exports": {name: _export(outcome[name].result, name) for name in EXPORTS if name in outcome},
+        "latency": outcome[LATENCY].result if LATENCY in outcome else None,
+        "samples": outcome[SAMPLES].result if SAMPLES in outcome else None,
+        "stages": [{"name": stage.name, "seconds": stage.seconds} for stage in outcome.stages],
+    }
+
+
+def group_widths(groups: list[Mapping[str, Any]], passes: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return every coupling group with its width before and after all passes, and what was wanted of it."""
+    table: dict[str, dict[str, Any]] = {
+        g["name"]: {
+            **{key: g[key] for key in ("name", "kind", "exactness", "step", "members")},
+            "before": g["size"],
+            "wanted": g["size"],
+            "after": g["size"],
+        }
+        for g in groups
+    }
+    for result in passes:
+        for width in result["widths"]:
+            row = table.setdefault(
+                width["group"],
+                {"name": width["group"], "kind": width["kind"], "exactness": "", "step": 1, "members": []}
+                | {"before": width["before"]},
+            )
+            row |= {"wanted": width["wanted"], "after": width["after"]}
+    return list(table.values())
+
+
+def _export(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what a report says of an export: its manifest, less what is in the files beside it."""
+    return {"directory": name, "bytes": size_of(manifest), **manifest}
+
+
+def data_uri(png: bytes) -> str:
+    """Return a PNG as a ``data:`` address, so that a page needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def read_report(directory: Path) -> dict[str, Any] | None:
+    """Return the report in a run's directory, None if it has none."""
+    try:
+        return json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

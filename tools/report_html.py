@@ -1,0 +1,244 @@
+"""The report as one HTML page: no scripts, no other files, readable in a light and in a dark browser."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+Cell = tuple[str, str]
+BAR_WIDTH, BAR_HEIGHT = 160, 14
+
+
+def render(data: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """Return the page of a report.
+
+    Args:
+        data: What `report.report_data` returned.
+        pictures: ``data:`` address by file name of the samples.
+    """
+    css = files("graphwright.tools").joinpath("templates/report.css").read_text(encoding="utf-8")
+    title = f"{data['recipe']['name'] or 'run'}: {data['model']['name']}"
+    parts = [
+        _head(data),
+        _cards(data),
+        _samples(data["samples"], pictures),
+        _latency(data["latency"]),
+        _exports(data["exports"]),
+        _groups(data["groups"]),
+        _passes(data["passes"]),
+        _frozen(data["frozen"], data["model"]["unknown"]),
+        _stages(data["stages"]),
+        _origin(data),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def text(value: Any) -> Cell:
+    """A table cell of words."""
+    return "", escape(str(value))
+
+
+def name(value: Any) -> Cell:
+    """A table cell with a name from the model."""
+    return "name", escape(str(value))
+
+
+def number(value: Any) -> Cell:
+    """A table cell of a number, with separated thousands; empty for None."""
+    return "number", count(value)
+
+
+def count(value: Any) -> str:
+    """Return a number as people read it."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return f"{value:,}"
+
+
+def change(before: float, after: float) -> str:
+    """Return the change in percent, such as ``-30.0 %``."""
+    return f"{100 * (after - before) / before:+.1f} %".replace("-", "\N{MINUS SIGN}") if before else ""
+
+
+def table(headers: Sequence[Cell], rows: Iterable[Sequence[Cell]]) -> str:
+    """Return an HTML table of cells ``(class, HTML)``."""
+
+    def line(tag: str, cells: Sequence[Cell]) -> str:
+        return "<tr>" + "".join(f'<{tag} class="{c}">{h}</{tag}>' if c else f"<{tag}>{h}</{tag}>" for c, h in cells)
+
+    body = "\n".join(line("td", row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table>\n{line("th", headers)}</tr>\n{body}\n</table></div>'
+
+
+def bar(before: float, after: float, largest: float) -> str:
+    """Return an inline SVG bar: the full length is what was, the coloured part what is left."""
+    scale = BAR_WIDTH / largest if largest else 0.0
+    label = escape(f"{count(before)} before, {count(after)} after")
+    return (
+        f'<svg width="{BAR_WIDTH}" height="{BAR_HEIGHT}" role="img" aria-label="{label}"><title>{label}</title>'
+        f'<rect class="before" width="{before * scale:.1f}" height="{BAR_HEIGHT}"/>'
+        f'<rect class="after" width="{after * scale:.1f}" height="{BAR_HEIGHT}"/></svg>'
+    )
+
+
+def _head(data: Mapping[str, Any]) -> str:
+    recipe = data["recipe"]
+    state = '<span class="good">every check passed</span>' if data["ok"] else '<span class="bad">a stage failed</span>'
+    lines = [
+        f"<h1>{escape(data['model']['name'])}</h1>",
+        f"<p>recipe <code>{escape(recipe['name'])}</code>, model <code>{escape(recipe['model'])}</code>: {state}</p>",
+    ]
+    lines += [
+        f'<p class="bad"><code>{escape(stage)}</code> failed: {escape(why)}</p>'
+        for stage, why in data["failures"].items()
+    ]
+    lines += [f'<p class="soft">Capture: {escape(note)}</p>' for note in data["model"]["notes"]]
+    return "\n".join(lines)
+
+
+def _cards(data: Mapping[str, Any]) -> str:
+    before, after = data["cost"]["before"], data["cost"]["after"]
+    labels = {
+        "parameters": "parameters",
+        "total_macs": "multiply-accumulates, attention products included",
+        "macs": "multiply-accumulates of weight layers",
+        "activation_bytes": "bytes of activations",
+    }
+    cards = [
+        f'<div class="card">{escape(label)}<b>{count(after[key])}</b>'
+        f'<span class="soft">of {count(before[key])} ({change(before[key], after[key])})</span><br>'
+        f"{bar(before[key], after[key], before[key])}</div>"
+        for key, label in labels.items()
+    ]
+    return f'<div class="cards">{"".join(cards)}</div>\n<p class="soft">At the sizes of the example inputs.</p>'
+
+
+def _samples(samples: Mapping[str, Any] | None, pictures: Mapping[str, str]) -> str:
+    if samples is None:
+        return ""
+    figures = "".join(
+        f'<figure><img src="{pictures[model["file"]]}" alt="digits drawn by the {escape(label)} model">'
+        f"<figcaption>{escape(label)}: Frechet distance {model['frechet']:.2f}</figcaption></figure>"
+        for label, model in samples["models"].items()
+    )
+    return (
+        f'<h2>Samples</h2>\n<div class="pictures">{figures}</div>\n'
+        f'<p class="soft">{samples["count"]} pictures by each in {samples["steps"]} steps from the same noise (seed '
+        f"{samples['seed']}). The distance is to the real digits, in features of the shipped classifier; as many real "
+        f"digits have {samples['real_frechet']:.2f}, lower is better.</p>"
+    )
+
+
+def _latency(latency: Mapping[str, Any] | None) -> str:
+    if latency is None:
+        return ""
+    times = latency["times"]
+    slowest = max(t["median_ms"] for t in times.values())
+    rows = [
+        [text(label), number(t["median_ms"]), number(t["fastest_ms"]), number(t["slowest_ms"]), number(t["runs"])]
+        + [("", bar(t["median_ms"], t["median_ms"], slowest))]
+        for label, t in times.items()
+    ]
+    machine = latency["machine"]
+    headers = [text("what ran")] + [("number", h) for h in ("median ms", "fastest", "slowest", "runs")] + [text("")]
+    batch = "the example batch" if latency["batch"] is None else f"batch {latency['batch']}"
+    return (
+        f'<h2>Latency</h2>\n{table(headers, rows)}\n<p class="soft">In turns, {batch}, {latency["threads"]} thread(s), '
+        f"{escape(str(machine['processor']))}, {machine['cores']} cores"
+        f"{', ' + escape(machine['gpu']) if machine['gpu'] else ''}.</p>"
+    )
+
+
+def _exports(exports: Mapping[str, Mapping[str, Any]]) -> str:
+    if not exports:
+        return ""
+    rows = []
+    for label, manifest in exports.items():
+        for check in manifest["checks"]:
+            rows.append(
+                [
+                    name(label + "/"),
+                    number(manifest["bytes"]),
+                    text(check["inputs"]),
+                    number(check["max_difference"]),
+                    number(manifest["tolerance"]),
+                    text(manifest.get("opset", "")),
+                    text(", ".join(manifest.get("providers") or [])),
+                ]
+            )
+    headers = [text("export"), ("number", "bytes"), text("compared on"), ("number", "difference")]
+    headers += [("number", "allowed"), text("opset"), text("providers")]
+    return (
+        f"<h2>Exports</h2>\n{table(headers, rows)}\n"
+        '<p class="soft">Largest difference of an output to the program, relative to the largest magnitude of it.</p>'
+    )
+
+
+def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
+    if not groups:
+        return "<h2>Coupling groups</h2>\n<p>No axis of this model can be removed.</p>"
+    largest = max(g["before"] for g in groups)
+    rows = [
+        [
+            name(g["name"]),
+            text(g["kind"]),
+            text(g["exactness"]),
+            number(len(g["members"])),
+            number(g["before"]),
+            number(g["after"]),
+            ("", bar(g["before"], g["after"], largest)),
+        ]
+        for g in groups
+    ]
+    headers = [text("group"), text("kind"), text("removal is"), ("number", "tensors"), ("number", "before")]
+    return f"<h2>Coupling groups</h2>\n{table([*headers, ('number', 'after'), text('')], rows)}"
+
+
+def _passes(passes: Sequence[Mapping[str, Any]]) -> str:
+    parts = ["<h2>Passes</h2>"] if passes else []
+    for step in passes:
+        stats = ", ".join(f"{escape(key.replace('_', ' '))} {count(value)}" for key, value in step["stats"].items())
+        parts.append(f"<p><code>{escape(step['text'])}</code><br>{stats or 'changed nothing'}</p>")
+        if step["skipped"]:
+            rows = [[name(s["site"]), text(s["reason"])] for s in step["skipped"]]
+            parts.append(
+                f"<details><summary>{len(rows)} left as they were</summary>"
+                f"{table([text('where'), text('why')], rows)}</details>"
+            )
+    return "\n".join(parts)
+
+
+def _frozen(frozen: Sequence[Mapping[str, Any]], unknown: Sequence[str]) -> str:
+    if not frozen:
+        return ""
+    reasons = Counter(f["reason"] for f in frozen)
+    rows = [[text(reason), number(times)] for reason, times in reasons.most_common()]
+    note = f"<p>Operators without a rule: <code>{escape(', '.join(unknown))}</code></p>" if unknown else ""
+    return f"<h2>Frozen axes</h2>\n{note}{table([text('reason'), ('number', 'axes')], rows)}"
+
+
+def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[name(stage["name"]), number(stage["seconds"])] for stage in stages]
+    return f"<h2>Time</h2>\n{table([text('stage'), ('number', 'seconds')], rows)}"
+
+
+def _origin(data: Mapping[str, Any]) -> str:
+    recipe = yaml.safe_dump(dict(data["recipe"]), sort_keys=False, allow_unicode=True)
+    versions = ", ".join(f"{escape(k)} {escape(v)}" for k, v in data["versions"].items())
+    return (
+        f"<h2>Recipe</h2>\n<details><summary>with every default</summary><pre>{escape(recipe)}</pre></details>\n"
+        f'<p class="soft">{versions}</p>'
+    )
