@@ -1,0 +1,120 @@
+"""Keeping the scale of attention scores when heads become narrower.
+
+Removal keeps the original scale, ``1 / sqrt(head width)``. A module that stores it as an attribute needs nothing; one
+whose forward derives it from the width that is left needs weights that make up for the difference.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.axes import Axis, leaves
+from ..graph.depgraph import DepGraph, Member
+from ..graph.resize import RemovalRecord
+from .multihead import ResizedMultiheadAttention
+from .sizes import HEAD, HEAD_DIM, SizeChanges, module_paths
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+class ScaleKeeper:
+    """Makes every attention in ``work`` score as it did.
+
+    Args:
+        work: The copy with the program's tensors; changed.
+        graph: Analysis of the program before the removal.
+        sizes: Sizes inside each module before and after.
+        removal: What was removed.
+
+    Attributes:
+        classes: Module path to the class it was given and its scale.
+        scaled: Parameter name to the factor that some of its rows were multiplied by.
+    """
+
+    def __init__(self, work: nn.Module, graph: DepGraph, sizes: SizeChanges, removal: RemovalRecord) -> None:
+        self.graph = graph
+        self.sizes = sizes
+        self.removal = removal
+        self.classes: dict[str, tuple[str, float]] = {}
+        self.scaled: dict[str, float] = {}
+        self._modules = dict(work.named_modules(remove_duplicate=False))
+
+    def keep(self) -> None:
+        """Keep the scale of the scores where forward derives it from the head width that is left."""
+        seen: set[str] = set()
+        for node in self.graph.program.nodes:
+            path = (module_paths(node) or [""])[-1]
+            module = self._modules.get(path)
+            if isinstance(module, nn.MultiheadAttention):
+                if path not in seen and self._changed_tensors(path):
+                    seen.add(path)
+                    self._adopt(path, module)
+            elif node.target is _ATTENTION and node.kwargs.get("scale") is None and path not in seen:
+                seen.add(path)
+                self._absorb(path, self.graph.analysis.of(node.args[0])[-1])
+
+    def _changed_tensors(self, path: str) -> bool:
+        return any(name.rpartition(".")[0] in (path, f"{path}.out_proj") for name in self.removal.tensors)
+
+    def _adopt(self, path: str, module: nn.MultiheadAttention) -> None:
+        scale = module.scale if isinstance(module, ResizedMultiheadAttention) else module.head_dim**-0.5
+        changes = self.sizes.inside(path)
+        module.embed_dim = int(module.out_proj.weight.shape[0])
+        for name, role in (("num_heads", HEAD), ("head_dim", HEAD_DIM)):
+            new = next((c.new for c in changes if c.role == role and c.old == getattr(module, name)), None)
+            if new is not None:
+                setattr(module, name, new)
+        ResizedMultiheadAttention.adopt(module, scale)
+        self.classes[path] = (ResizedMultiheadAttention.__name__, scale)
+
+    def _absorb(self, path: str, width: Axis) -> None:
+        """Multiply the queries' and keys' weights by what the scale loses: ``sqrt(new width / old width)`` together.
+
+        Half of it goes to each side, since query and key may come from one fused projection. With norms on queries and
+        keys it goes to the norms' weights, which undo any factor before them.
+        """
+        old, new = int(width.size), self.sizes.new_size(width)
+        if old == new:
+            return
+        carriers = self._carriers(path, width)
+        norms = {n: m for n, m in carriers.items() if not self._is_projection(n)}
+        chosen = norms or carriers
+        factor = math.sqrt(new / old)
+        owners = {name.rpartition(".")[0] for name in chosen}
+        for name, members in chosen.items():
+            self._scale(name, members, math.sqrt(factor) if len(owners) > 1 or not norms else factor)
+
+    def _carriers(self, path: str, width: Axis) -> dict[str, list[Member]]:
+        """Return the parameters below ``path`` with an index that belongs to ``width``."""
+        wanted = set(leaves(width))
+        out: dict[str, list[Member]] = {}
+        for group in self.graph.groups:
+            if group.axis in wanted:
+                for member in group.parameters:
+                    if member.name.startswith(f"{path}.") or not path:
+                        out.setdefault(member.name, []).append(member)
+        return out
+
+    def _is_projection(self, name: str) -> bool:
+        owner = self._modules[name.rpartition(".")[0]]
+        return any(p.dim() > 1 for p in owner.parameters(recurse=False))
+
+    def _scale(self, name: str, members: list[Member], factor: float) -> None:
+        """Multiply the indices of the work copy's parameter ``name`` that belong to ``members`` by ``factor``."""
+        owner, _, short = name.rpartition(".")
+        tensor: Tensor = getattr(self._modules[owner], short)
+        for dim in {m.dim for m in members}:
+            cut = self.removal.tensors.get(name, {}).get(dim)
+            scaled = torch.zeros(cut.of if cut else tensor.shape[dim], dtype=torch.bool)
+            for member in members:
+                if member.dim == dim:
+                    scaled[torch.as_tensor(member.positions().reshape(-1))] = True
+            rows = scaled if cut is None else scaled[list(cut.kept)]
+            shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
+            factors = torch.where(rows, factor, 1.0).to(tensor.dtype).view(shape)
+            with torch.no_grad():
+                tensor.mul_(factors.to(tensor.device))
+        self.scaled[name] = factor

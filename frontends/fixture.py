@@ -1,0 +1,212 @@
+"""Seeded inputs that need no stored values, and fingerprints of what a module makes of them.
+
+Write-back compares a module with its Program on inputs of another batch size; a saved model carries a self-check.
+Both describe each input by shape, dtype, range and seed, as plain data, so that nothing but JSON has to be kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..graph.program import InputSpec, Program
+
+# Largest deviation allowed, relative to the largest magnitude of the output: two routes through the same kernels
+# differ by the order of a few sums.
+RELATIVE_TOLERANCE: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+}
+
+SECOND_SEED = 20_000
+
+# Values of each output that a self-check keeps, for machines whose kernels round differently.
+SAMPLES = 32
+
+
+class NotDescribable(ValueError):
+    """An input is of a type that a recipe cannot describe."""
+
+
+@dataclass(frozen=True)
+class TensorRecipe:
+    """How to make one input tensor.
+
+    Attributes:
+        shape: Of the tensor.
+        dtype: Name of the dtype, without ``torch.``.
+        low: Least value.
+        high: Largest value (whole numbers and booleans include it).
+        seed: Of a generator of its own.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    low: float
+    high: float
+    seed: int
+
+    @classmethod
+    def like(cls, example: Tensor, seed: int, shape: Sequence[int] | None = None) -> TensorRecipe:
+        """Describe random values in the range of ``example``; a constant one of floats is widened by 1."""
+        values = example.detach()
+        low, high = (0.0, 0.0) if not values.numel() else _range(values)
+        if values.is_floating_point() and low == high:
+            low, high = low - 1, high + 1
+        name = str(example.dtype).removeprefix("torch.")
+        return cls(tuple(int(s) for s in (example.shape if shape is None else shape)), name, low, high, seed)
+
+    def make(self) -> Tensor:
+        """Return the tensor, on the CPU. Uniform, since uniform numbers have the same bits on every machine."""
+        generator = torch.Generator().manual_seed(self.seed)
+        dtype = getattr(torch, self.dtype)
+        if dtype.is_floating_point:
+            unit = torch.rand(self.shape, generator=generator, dtype=torch.float64)
+            return (self.low + (self.high - self.low) * unit).to(dtype)
+        return torch.randint(int(self.low), int(self.high) + 1, self.shape, generator=generator).to(dtype)
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    if values.is_complex():
+        raise NotDescribable("complex inputs")
+    finite = values.to(torch.float64)
+    finite = finite[finite.isfinite()]
+    return (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+
+
+def describe(tree: Any, seed: int = 0) -> Any:
+    """Return ``tree`` (dicts, lists, tuples, tensors, numbers, strings, None) as plain data with recipes for tensors.
+
+    Raises:
+        NotDescribable: The tree holds something else.
+    """
+    counter = iter(range(seed, seed + 1_000_000))
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {"tensor": asdict(TensorRecipe.like(value, next(counter)))}
+        if value is None or type(value) in (bool, int, float, str):
+            return {"value": value}
+        if type(value) is dict and all(type(key) is str for key in value):
+            return {"dict": {key: walk(item) for key, item in value.items()}}
+        if type(value) in (list, tuple):
+            return {type(value).__name__: [walk(item) for item in value]}
+        raise NotDescribable(f"an input of type {type(value).__name__}")
+
+    return walk(tree)
+
+
+def realise(data: Any) -> Any:
+    """Return the inputs that `describe` described.
+
+    Raises:
+        ValueError: The data is not what `describe` writes.
+    """
+    if not isinstance(data, dict) or len(data) != 1:
+        raise ValueError("a described input must have exactly one kind")
+    ((kind, value),) = data.items()
+    if kind == "tensor":
+        return TensorRecipe(**{**value, "shape": tuple(value["shape"])}).make()
+    if kind == "value":
+        return value
+    if kind == "dict":
+        return {key: realise(item) for key, item in value.items()}
+    if kind in ("list", "tuple"):
+        items = [realise(item) for item in value]
+        return items if kind == "list" else tuple(items)
+    raise ValueError(f"unknown kind of input {kind!r}")
+
+
+def second_inputs(program: Program) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return random inputs in the range of the example's, with another batch size where the batch is dynamic."""
+    leaves_ = [
+        _second(spec, leaf, SECOND_SEED + i) if isinstance(leaf, Tensor) else leaf
+        for i, (spec, leaf) in enumerate(zip(program.inputs, program.example, strict=True))
+    ]
+    return pytree.tree_unflatten(leaves_, program.in_spec)
+
+
+def _second(spec: InputSpec, example: Tensor, seed: int) -> Tensor:
+    shape = [size + 1 if d == 0 and isinstance(spec.shape[d], str) else size for d, size in enumerate(example.shape)]
+    return TensorRecipe.like(example, seed, shape).make().to(example.device)
+
+
+@contextmanager
+def quiet(module: nn.Module) -> Iterator[None]:
+    """Run ``module`` in evaluation mode, without gradients and without moving the global random state."""
+    modes = [(m, m.training) for m in module.modules() if m.training]
+    try:
+        for each, _mode in modes:
+            each.training = False
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors of a module's result, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def deviation(got: Tensor, want: Tensor) -> float:
+    """Return the largest difference relative to the largest magnitude of ``want``; infinity where shapes differ."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return float("inf")
+    if not want.numel():
+        return 0.0
+    kind = torch.complex128 if want.is_complex() else torch.float64
+    a, b = got.detach().to("cpu", kind), want.detach().to("cpu", kind)
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, torch.zeros_like(a), a - b).abs().max()
+    scale = b[b.isfinite()].abs().max() if bool(b.isfinite().any()) else b.new_ones(()).abs()
+    if not bool(difference.isfinite()):
+        return float("inf")
+    return float(difference / scale) if float(scale) else float(difference)
+
+
+def tolerance(tensor: Tensor) -> float:
+    """Return the relative deviation allowed for a tensor of this dtype; none for whole numbers."""
+    return RELATIVE_TOLERANCE.get(tensor.dtype, 1e-5 if tensor.is_complex() else 0.0)
+
+
+def fingerprint(tensor: Tensor) -> dict[str, Any]:
+    """Describe one output: shape, dtype, norm, some values, and a hash of all, rounded to 1e-4 of the largest."""
+    values = tensor.detach().to("cpu", torch.float64).reshape(-1)
+    finite = torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    rounded = torch.round(finite / (scale * 1e-4)).to(torch.int32) if scale else finite.to(torch.int32)
+    picks = torch.linspace(0, max(finite.numel() - 1, 0), min(SAMPLES, finite.numel())).long()
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "norm": float(finite.norm()),
+        "largest": scale,
+        "values": finite[picks].tolist(),
+        "sha256": hashlib.sha256(rounded.numpy().tobytes()).hexdigest(),
+    }
+
+
+def same_fingerprint(got: Mapping[str, Any], want: Mapping[str, Any], relative: float = 1e-3) -> bool:
+    """Whether two fingerprints are of the same output: the hashes agree, or every number does within ``relative``.
+
+    The hash alone would not do: a value on the edge between two roundings falls on either side on another machine.
+    """
+    if got["shape"] != want["shape"] or got["dtype"] != want["dtype"]:
+        return False
+    if got["sha256"] == want["sha256"]:
+        return True
+    scale = max(float(want["largest"]), 1e-30)
+    pairs = zip(got["values"], want["values"], strict=False)
+    close = len(got["values"]) == len(want["values"]) and all(abs(a - b) <= relative * scale for a, b in pairs)
+    return close and abs(got["norm"] - want["norm"]) <= relative * max(float(want["norm"]), 1e-30)

@@ -1,0 +1,236 @@
+"""The search for attribute values under which a smaller module computes what its Program computes.
+
+What is certain is set first: torch's layers follow from their tensors, and attributes whose name and value leave no
+choice from the sizes inside their module. Then module and program are run. Where the outputs differ, the first module
+call that gives what the program has not shows where to look, and the other values its attributes might need are tried,
+one and then two at a time; a trial counts as progress when more calls come out right. Equality of the outputs decides,
+never a name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..graph.depgraph import DepGraph
+from ..graph.errors import WriteBackError
+from ..graph.program import Program
+from ..graph.resize import RemovalRecord
+from .attention_scale import ScaleKeeper
+from .attributes import Proposal, Value, get_size, proposals, set_size, sizes_of
+from .fixture import deviation, quiet, second_inputs, tensors_of, tolerance
+from .layers import is_layer, layer_attributes, layer_literals
+from .sizes import HEAD_DIM, VALUE_DIM, SizeChange, SizeChanges
+from .watch import Departure, attribute_reads, first_departure, first_line, program_values, share
+
+logger = logging.getLogger(__name__)
+
+Reads = Mapping[str, set[str]]
+
+# Runs of the module that the search may take.
+MAX_TRIALS = 150
+
+
+@dataclass
+class Settled:
+    """What was set, in the words of `WriteBackRecord`."""
+
+    attributes: dict[str, dict[str, Value]] = field(default_factory=dict)
+    classes: dict[str, tuple[str, float]] = field(default_factory=dict)
+    scaled: dict[str, float] = field(default_factory=dict)
+
+
+class Settler:
+    """Sets the attributes of ``work`` so that it computes what ``program`` computes.
+
+    Args:
+        model: The caller's module, read only.
+        work: A copy of it with the program's tensors; changed.
+        program: The shrunk program.
+        graph: Analysis of the program before the removal.
+        sizes: Sizes inside each module before and after.
+        removal: What was removed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        work: nn.Module,
+        program: Program,
+        graph: DepGraph,
+        sizes: SizeChanges,
+        removal: RemovalRecord,
+    ) -> None:
+        self.model = model
+        self.work = work
+        self.program = program
+        self.graph = graph
+        self.sizes = sizes
+        self.removal = removal
+        self.done = Settled()
+        self.tried: list[str] = []
+        self._original = dict(model.named_modules(remove_duplicate=False))
+        self._modules = dict(work.named_modules(remove_duplicate=False))
+
+    def settle(self) -> Settled:
+        """Find the attributes.
+
+        Raises:
+            WriteBackError: There are none under which the outputs are equal.
+        """
+        self._set_layers()
+        scales = ScaleKeeper(self.work, self.graph, self.sizes, self.removal)
+        scales.keep()
+        self.done.classes, self.done.scaled = scales.classes, scales.scaled
+        self._set_certain()
+        args, kwargs = self.program.example_inputs()
+        if self._compare(args, kwargs):
+            self._search(args, kwargs)
+        args, kwargs = second_inputs(self.program)
+        if problem := self._compare(args, kwargs):
+            raise WriteBackError(
+                f"{self._name()}, written back, equals the program on the example inputs but not on a second input: "
+                f"{problem}; capture it with other example inputs and prune it again"
+            )
+        for path, module in self._modules.items():
+            self._note(path, module)
+        return self.done
+
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def _note(self, path: str, module: nn.Module) -> None:
+        """Record the attributes of ``module`` that differ from the caller's."""
+        original = self._original[path]
+        changed = {n: v for n, v in sizes_of(module) if (old := get_size(original, n)) is not None and old != v}
+        if changed:
+            self.done.attributes[path] = changed
+
+    # ------------------------------------------------------------------ what is certain
+
+    def _set_layers(self) -> None:
+        literals = layer_literals(self.program)
+        for path, module in self._modules.items():
+            if path not in literals and not any(True for _ in module.parameters(recurse=False)):
+                continue
+            for name, value in layer_attributes(module, literals.get(path, {})).items():
+                if get_size(module, name) not in (None, value):
+                    setattr(module, name, value)
+
+    def _set_certain(self) -> None:
+        for path, module in self._modules.items():
+            changes = self.sizes.inside(path)
+            if is_layer(module) or path in self.done.classes or all(c.old == c.new for c in changes):
+                continue
+            for name, value in list(sizes_of(module)):
+                options = proposals(path, name, value, changes)
+                if options and options[0].sure and not name.startswith("config."):
+                    set_size(module, name, options[0].value)
+
+    # ------------------------------------------------------------------ comparing and searching
+
+    def _compare(self, args: Any, kwargs: Any) -> str:
+        """Return how the work copy's outputs differ from the program's, in words; nothing if they do not."""
+        with torch.no_grad():
+            want = tensors_of(self.program(*args, **kwargs))
+        try:
+            with quiet(self.work):
+                got = tensors_of(self.work(*args, **kwargs))
+        except Exception as err:  # a forward with a wrong size may raise anything; it is reported, or mended
+            return f"{type(err).__name__}: {first_line(err)}"
+        if len(got) != len(want):
+            return f"{len(got)} output tensors, the program has {len(want)}"
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return f"output {i} is {a.dtype} {list(a.shape)}, the program's {b.dtype} {list(b.shape)}"
+            if (error := deviation(a, b)) > tolerance(b):
+                return f"output {i} is off by {error:.1e} of its largest value"
+        return ""
+
+    def _search(self, args: Any, kwargs: Any) -> None:
+        def run(module: nn.Module) -> Any:
+            return module(*args, **kwargs)
+
+        twin = share(self.model)
+        before = program_values(self.graph.program, self.graph.program.flatten(*args, **kwargs))
+        ignore = first_departure(twin, run, before)[1]
+        del before
+        values = program_values(self.program, self.program.flatten(*args, **kwargs))
+        reads = attribute_reads(self.model, run)
+        rescaled = frozenset(name.rpartition(".")[0] for name in self.done.scaled)
+
+        def check() -> Departure | None:
+            return first_departure(self.work, run, values, ignore, rescaled)[0]
+
+        departure = check()
+        while departure is not None:
+            logger.info("write-back of %s: %s %s", self._name(), departure.path or "<root>", departure.what)
+            departure = self._improve(departure, check, reads)
+        if problem := self._compare(args, kwargs):
+            raise self._failure(Departure("", 0, problem))
+
+    def _improve(self, at: Departure, check: Callable[[], Departure | None], reads: Reads) -> Departure | None:
+        """Try other values until more module calls come out right; return the next departure."""
+        options = self._options(at.path, reads)
+        pairs = [(a, b) for a, b in combinations(options, 2) if a.path == b.path and a.name != b.name]
+        for choice in [*((o,) for o in options), *pairs]:
+            if len(self.tried) >= MAX_TRIALS:
+                break
+            undo = [(o, get_size(self._modules[o.path], o.name)) for o in choice]
+            for option in choice:
+                set_size(self._modules[option.path], option.name, option.value)
+            self.tried.append(" and ".join(map(str, choice)))
+            after = check()
+            if after is None or after.calls > at.calls:
+                return after
+            for option, old in undo:
+                assert old is not None
+                set_size(self._modules[option.path], option.name, old)
+        raise self._failure(at)
+
+    def _options(self, path: str, reads: Reads) -> list[Proposal]:
+        """Return other values for what the module at ``path`` and those around it read, the nearest first."""
+        out: list[Proposal] = []
+        while True:
+            read = reads.get(path, set())
+            changes = self.sizes.inside(path)
+            original = self._original[path]
+            for name, value in sizes_of(original):
+                if name not in read:
+                    continue
+                current = get_size(self._modules[path], name)
+                found = [p for p in proposals(path, name, value, changes) if p.value != current]
+                if current != value and all(p.value != value for p in found):
+                    found.append(Proposal(path, name, value, False))
+                out += found
+            if not path:
+                return out
+            path = path.rpartition(".")[0]
+
+    def _failure(self, at: Departure) -> WriteBackError:
+        tried = f"; tried {'; '.join(self.tried[:8])}" if self.tried else ""
+        if len(self.tried) > 8:
+            tried += f" and {len(self.tried) - 8} more"
+        return WriteBackError(
+            f"{self._name()} cannot hold this removal: with the program's tensors, module '{at.path or '<root>'}' "
+            f"({type(self._modules[at.path]).__name__}) {at.what}{tried}. {self._advice(at.path)}"
+        )
+
+    def _advice(self, path: str) -> str:
+        changes = self.sizes.inside(path)
+        widths: dict[str, SizeChange] = {}
+        for change in changes:
+            if change.role in (HEAD_DIM, VALUE_DIM) and change.role not in widths:
+                widths[change.role] = change
+        if len(widths) == 2 and widths[HEAD_DIM].new != widths[VALUE_DIM].new:
+            return (
+                f"Its heads keep {widths[HEAD_DIM].new} query and key dimensions and {widths[VALUE_DIM].new} value "
+                "dimensions, and its class has one width for both; remove as many of either"
+            )
+        return "Leave this module's groups out of the removal, or use the program itself (`program.module()`)"

@@ -1,0 +1,256 @@
+"""Write-back: the caller's own class, smaller.
+
+A removal on a Program is done on the module it was captured from: parameters and buffers become the program's, the
+attributes that forward reads are set to the sizes that are left, and the result is accepted only when its outputs are
+the program's. What stays is an ordinary module of its class: ``generate``, adapters and training code go on working.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph.depgraph import depgraph
+from ..graph.errors import PreconditionError, WriteBackError
+from ..graph.program import Program
+from ..graph.resize import RemovalRecord, cut_tensor
+from .attributes import Value, set_size
+from .capture import capture
+from .fixture import NotDescribable, describe
+from .multihead import ResizedMultiheadAttention
+from .settle import Settler
+from .sizes import SizeChanges
+from .watch import first_line
+
+RECORD = "graphwright_record"
+
+# Classes that write-back puts in the place of torch's, by name. A saved model names one of these and nothing else.
+SUBSTITUTES: Mapping[str, type[nn.Module]] = {"ResizedMultiheadAttention": ResizedMultiheadAttention}
+
+
+@dataclass(frozen=True)
+class WriteBackRecord:
+    """How a module differs from the one its configuration builds.
+
+    Attributes:
+        removal: Kept indices by tensor name.
+        attributes: Module path to attribute name to the value it was set to.
+        classes: Module path to ``(name in SUBSTITUTES, scale of the scores)``.
+        extra: What else was done: ``scaled``, tensor name to the factor it was multiplied by.
+        config: The configuration as it was, as JSON text; None for a module without one.
+        inputs: The capture's inputs as plain data; None with the reason in ``inputs_note``.
+        inputs_note: Why ``inputs`` is None.
+        passes: The passes that led here, one text each.
+    """
+
+    removal: RemovalRecord
+    attributes: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    classes: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    config: str | None = None
+    inputs: Any = None
+    inputs_note: str = ""
+    passes: tuple[str, ...] = ()
+
+    def after(self, earlier: WriteBackRecord) -> WriteBackRecord:
+        """Return the record of ``earlier`` followed by this one."""
+        attributes = {path: dict(values) for path, values in earlier.attributes.items()}
+        for path, values in self.attributes.items():
+            attributes.setdefault(path, {}).update(values)
+        return dataclasses.replace(
+            self,
+            removal=earlier.removal.then(self.removal),
+            attributes=attributes,
+            classes={**earlier.classes, **self.classes},
+            extra=_joined(earlier.extra, self.extra),
+            config=earlier.config,
+            passes=(*earlier.passes, *self.passes),
+        )
+
+
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    scaled = dict(first.get("scaled", {}))
+    for name, factor in second.get("scaled", {}).items():
+        scaled[name] = scaled.get(name, 1.0) * factor
+    return {**first, **second, **({"scaled": scaled} if scaled else {})}
+
+
+def write_back(
+    model: nn.Module, result: Any, record: RemovalRecord | None = None, *, inplace: bool = False
+) -> nn.Module:
+    """Do the removal that was done on a Program on the module it was captured from.
+
+    Args:
+        model: The module that was captured. Its sizes are those before the removal.
+        result: What a pipeline returned (``output`` and ``removal`` are taken from it), or the shrunk Program.
+        record: What was removed, where ``result`` is a Program.
+        inplace: Change ``model`` itself, once the result is accepted. By default ``model`` is not changed, and the copy
+            shares no memory with it.
+
+    Returns:
+        The smaller module, in the mode (training or evaluation) of ``model``, with a `WriteBackRecord` as its attribute
+        ``graphwright_record``. It shares no memory with the program.
+
+    Raises:
+        PreconditionError: Program, record and module do not belong together, or the weights are on ``meta``.
+        WriteBackError: No choice of attributes makes the module compute what the program computes.
+    """
+    program, removal, passes = _parts(result, record)
+    if any(t.is_meta for t in model.parameters()):
+        raise PreconditionError("write_back compares outputs, so the module needs weights; load it off the meta device")
+    work = _smaller_copy(model, program, removal)
+    args, kwargs = program.example_inputs()
+    dynamic = {
+        spec.name: {d: size for d, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in program.inputs
+        if spec.is_tensor
+    }
+    original = capture(model, args, kwargs, {name: dims for name, dims in dynamic.items() if dims})
+    graph = depgraph(original)
+    settled = Settler(model, work, program, graph, SizeChanges(graph, removal), removal).settle()
+    inputs, note = _inputs(args, kwargs)
+    written = WriteBackRecord(
+        removal,
+        settled.attributes,
+        settled.classes,
+        {"scaled": settled.scaled} if settled.scaled else {},
+        config_text(model),
+        inputs,
+        note,
+        passes,
+    )
+    earlier = vars(model).get(RECORD)
+    done = _transplant(work, model, written) if inplace else work
+    setattr(done, RECORD, written if earlier is None else written.after(earlier))
+    return done
+
+
+def apply_record(model: nn.Module, record: WriteBackRecord) -> None:
+    """Set the classes and attributes of ``record`` on ``model``. Tensors are left as they are."""
+    for path, (_name, scale) in record.classes.items():
+        module = model.get_submodule(path)
+        assert isinstance(module, nn.MultiheadAttention)
+        ResizedMultiheadAttention.adopt(module, scale)
+    for path, values in record.attributes.items():
+        for name, value in values.items():
+            set_size(model.get_submodule(path), name, value)
+
+
+def config_text(model: nn.Module) -> str | None:
+    """Return a transformers or diffusers model's configuration as JSON text; None for any other module."""
+    if _is_from(model, "transformers", "PreTrainedModel"):
+        return model.config.to_json_string(use_diff=False)  # type: ignore[union-attr]
+    if _is_from(model, "diffusers", "ConfigMixin"):
+        # diffusers writes into the configuration while making the text.
+        twin = copy.copy(model)
+        object.__setattr__(twin, "__dict__", {**vars(model), "_internal_dict": copy.deepcopy(model._internal_dict)})
+        return twin.to_json_string()  # type: ignore[operator]
+    return None
+
+
+def _is_from(model: nn.Module, package: str, base: str) -> bool:
+    return any(c.__name__ == base and c.__module__.split(".")[0] == package for c in type(model).__mro__)
+
+
+def _parts(result: Any, record: RemovalRecord | None) -> tuple[Program, RemovalRecord, tuple[str, ...]]:
+    program = result if isinstance(result, Program) else getattr(result, "output", None)
+    if not isinstance(program, Program):
+        raise PreconditionError(
+            f"write_back takes a Program or the result of a pipeline that ends in one, got "
+            f"{type(program or result).__name__}; what caches or splits a program has no place in the original class"
+        )
+    removal = record if record is not None else getattr(result, "removal", None)
+    if not isinstance(removal, RemovalRecord):
+        raise PreconditionError("write_back needs the removal record: pass what resize returned as the third argument")
+    passes = tuple(str(getattr(r, "text", r)) for r in getattr(result, "records", ()))
+    return program, removal, passes
+
+
+def _inputs(args: Any, kwargs: Any) -> tuple[Any, str]:
+    try:
+        return describe({"args": args, "kwargs": kwargs}), ""
+    except NotDescribable as err:
+        return None, str(err)
+
+
+# ---------------------------------------------------------------------- tensors
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer of ``model`` by name; tied ones under each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _smaller_copy(model: nn.Module, program: Program, removal: RemovalRecord) -> nn.Module:
+    """Return a copy of ``model`` with the program's tensors; its attributes are still the old ones."""
+    owned = named_tensors(model)
+    replaced: dict[int, Tensor] = {}
+    for name, tensor in program.tensors().items():
+        old = owned.get(name)
+        if old is None:
+            if name in removal.tensors and "." in name:
+                raise PreconditionError(
+                    f"{type(model).__name__} has no tensor '{name}'; write back to the captured module"
+                )
+            continue  # a constant of the capture, which forward makes for itself
+        _check(name, old, tensor, removal)
+        known = replaced.get(id(old))
+        if known is None:
+            replaced[id(old)] = _own(tensor, old)
+        elif known.shape != tensor.shape or not torch.equal(known, tensor.detach()):
+            raise PreconditionError(
+                f"'{name}' is tied in {type(model).__name__} but has a value of its own in the program"
+            )
+    try:
+        return copy.deepcopy(model, dict(replaced))
+    except (TypeError, RuntimeError, AttributeError) as err:
+        raise WriteBackError(
+            f"{type(model).__name__} cannot be copied ({first_line(err)}); remove what cannot, "
+            "such as a hook's lock or a cached activation"
+        ) from err
+
+
+def _own(tensor: Tensor, like: Tensor) -> Tensor:
+    fresh = tensor.detach().clone()
+    return nn.Parameter(fresh, like.requires_grad) if isinstance(like, nn.Parameter) else fresh
+
+
+def _check(name: str, old: Tensor, new: Tensor, removal: RemovalRecord) -> None:
+    cuts = removal.tensors.get(name, {})
+    want = list(cut_tensor(name, old.detach().to("meta"), {}).shape)
+    for dim, cut in cuts.items():
+        if old.shape[dim] != cut.of:
+            raise PreconditionError(
+                f"'{name}' has size {old.shape[dim]} in dimension {dim}, the record was made for {cut.of}; "
+                "write back to the module that was captured"
+            )
+        want[dim] = len(cut.kept)
+    if list(new.shape) != want:
+        raise PreconditionError(
+            f"'{name}' is {list(new.shape)} in the program, the record says {want}; "
+            "the program was changed by something that is no removal, or the record is of another run"
+        )
+
+
+def _transplant(work: nn.Module, model: nn.Module, record: WriteBackRecord) -> nn.Module:
+    """Give ``model`` the tensors, classes and attributes of its accepted copy."""
+    twins = dict(work.named_modules())
+    for path, module in model.named_modules():
+        for registry, theirs in (
+            (module._parameters, twins[path]._parameters),
+            (module._buffers, twins[path]._buffers),
+        ):
+            for name, tensor in registry.items():
+                if tensor is not None:
+                    setattr(module, name, theirs[name])
+    apply_record(model, record)
+    return model
