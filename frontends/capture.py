@@ -156,7 +156,7 @@ def _dynamic_labels(names: list[str], leaves: list[Any], dynamic: DynamicDims | 
         if not isinstance(leaf, Tensor):
             raise CaptureError(f"dynamic names the input '{name}', which is not a tensor but {leaf!r}")
         labels[index] = {}
-        for dim, label in dims.items():
+        for dim, label in (dims or {}).items():
             if not -leaf.dim() <= dim < leaf.dim():
                 raise CaptureError(f"dynamic names dimension {dim} of '{name}', which has {leaf.dim()} dimensions")
             if leaf.shape[dim] < 2:
