@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "ArtifactError": "graph.errors",
     "CaptureError": "graph.errors",
     "Context": "passes.base",
     "CouplingGroup": "graph.depgraph",
@@ -22,6 +23,8 @@ _WHERE = {
     "EliminateDeadCode": "passes.eliminate_dead_code",
     "FoldBatchNorm": "passes.fold_batch_norm",
     "GraphwrightError": "graph.errors",
+    "InputError": "graph.errors",
+    "OnnxRunner": "backends.onnx_runner",
     "Pass": "passes.base",
     "PassResult": "passes.base",
     "Pipeline": "passes.base",
@@ -35,27 +38,44 @@ _WHERE = {
     "capture": "frontends.capture",
     "cost": "graph.cost",
     "depgraph": "graph.depgraph",
+    "export_onnx": "backends.onnx_export",
+    "export_torchscript": "backends.torchscript",
+    "load": "frontends.artifact",
+    "load_program": "graph.serialize",
     "register_rule": "graph.rules",
     "resize": "graph.resize",
+    "save": "frontends.artifact",
+    "save_program": "graph.serialize",
     "verify": "graph.verify",
+    "write_back": "frontends.write_back",
 }
 
 __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from .backends.onnx_export import export_onnx as export_onnx
+    from .backends.onnx_runner import OnnxRunner as OnnxRunner
+    from .backends.torchscript import export_torchscript as export_torchscript
+    from .frontends.artifact import load as load
+    from .frontends.artifact import save as save
     from .frontends.capture import capture as capture
+    from .frontends.write_back import write_back as write_back
     from .graph.cost import cost as cost
     from .graph.depgraph import CouplingGroup as CouplingGroup
     from .graph.depgraph import DepGraph as DepGraph
     from .graph.depgraph import depgraph as depgraph
+    from .graph.errors import ArtifactError as ArtifactError
     from .graph.errors import CaptureError as CaptureError
     from .graph.errors import GraphwrightError as GraphwrightError
+    from .graph.errors import InputError as InputError
     from .graph.errors import PreconditionError as PreconditionError
     from .graph.errors import VerificationError as VerificationError
     from .graph.program import Program as Program
     from .graph.resize import RemovalRecord as RemovalRecord
     from .graph.resize import resize as resize
     from .graph.rules import register_rule as register_rule
+    from .graph.serialize import load_program as load_program
+    from .graph.serialize import save_program as save_program
     from .graph.verify import verify as verify
     from .passes.base import Context as Context
     from .passes.base import Pass as Pass
