@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch.fx import Node
 
 from ..axes import Axis
@@ -16,12 +17,12 @@ def linear(an: Analysis, node: Node) -> Dims:
     """``x[..., i] weight[o, i] bias[o]``."""
     x, weight = an.of(arg(node, 0, "input")), an.of(arg(node, 1, "weight"))
     an.unify(x[-1], weight[-1])
+    _sum_over(an, x[-1], node.args[:2])
     if len(weight) == 1:
         return x[:-1]
     bias = an.of(arg(node, 2, "bias"))
     if bias:
         an.unify(weight[0], bias[0])
-    _sum_over(an, x[-1], node.args[:2])
     return (*x[:-1], weight[0])
 
 
@@ -73,6 +74,8 @@ def bilinear(an: Analysis, node: Node) -> Dims:
     x1, x2, weight = (an.of(n) for n in node.args[:3])
     an.unify(x1[-1], weight[1])
     an.unify(x2[-1], weight[2])
+    _sum_over(an, x1[-1], node.args[2:3])
+    _sum_over(an, x2[-1], node.args[2:3])
     bias = an.of(arg(node, 3, "bias"))
     if bias:
         an.unify(weight[0], bias[0])
@@ -120,6 +123,11 @@ def grouped_mm(an: Analysis, node: Node) -> Dims:
         return an.fresh(node.meta["val"], "a grouped matrix product of other ranks is not followed")
     an.unify(x[1], weight[1])
     an.freeze_all((x[0], weight[0], *offsets), "rows are routed to experts by data")
+    if node.target is torch.ops.aten._grouped_mm.default:
+        # The kernel wants rows that start at multiples of 16 bytes.
+        value = node.args[1].meta["val"]  # type: ignore[union-attr]
+        for axis in (x[1], weight[2] if value.stride(-1) == 1 else weight[1]):
+            an.divisible(axis, 16 // value.element_size())
     _sum_over(an, x[1], node.args[:2])
     return (x[0], weight[2])
 

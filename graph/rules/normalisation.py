@@ -7,12 +7,20 @@ from torch.fx import Node
 from .base import Analysis, AxesRule, Dims, Resizer, Value, arg, set_arg
 
 
+STATISTICS = "its statistics are taken over it"
+
+
 def per_channel(an: Analysis, node: Node) -> Value:
-    """Batch and instance norm: four vectors beside the channel dimension 1."""
+    """Batch and instance norm: four vectors beside the channel dimension 1. Statistics of the input run over the rest."""
     x = an.of(arg(node, 0, "input"))
     for vector in node.args[1:5]:
         for axis in an.of(vector):
             an.unify(x[1], axis)
+    arguments = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    for name, dims in (("training", (x[0], *x[2:])), ("use_input_stats", x[2:])):
+        if name in arguments and arg(node, arguments.index(name), name, False):
+            for axis in dims:
+                an.label(axis, STATISTICS)
     outputs = node.meta["val"]
     if not isinstance(outputs, (tuple, list)):
         return x
@@ -32,14 +40,15 @@ def layer_norm(an: Analysis, node: Node) -> Value:
     x = an.of(arg(node, 0, "input"))
     rank = len(arg(node, 1, "normalized_shape"))
     for axis in x[-rank:]:
-        an.label(axis, "its statistics are taken over it")
+        an.label(axis, STATISTICS)
     for vector in (arg(node, 2, "weight"), arg(node, 3, "bias")):
         dims = an.of(vector)
         if dims:
             an.unify_all(x[-rank:], dims)
     outputs = node.meta["val"]
     if isinstance(outputs, (tuple, list)):
-        return (x, *(an.fresh(value) for value in outputs[1:]))
+        # The native forms also return the statistics, of size 1 where they were taken.
+        return (x, *((*x[:-rank], *(an.leaf(1) for _ in range(rank))) for _ in outputs[1:]))
     return x
 
 
@@ -56,7 +65,7 @@ def group_norm(an: Analysis, node: Node) -> Dims:
     x = an.of(arg(node, 0, "input"))
     groups = arg(node, 1, "num_groups")
     if groups < x[1].size:
-        an.label(x[1], "its statistics are taken over it")
+        an.label(x[1], STATISTICS)
     an.divisible(x[1], groups)
     if groups == x[1].size:
         an.freeze(x[1], "group norm with one channel per group: the number of groups is fixed")
@@ -68,11 +77,12 @@ def group_norm(an: Analysis, node: Node) -> Dims:
 
 
 def weight_norm(an: Analysis, node: Node) -> Dims:
-    """``g * v / |v|`` with the norm over all dimensions but one: exact along that one."""
+    """``g * v / |v|`` with the norm over all dimensions but one, exact along that one; ``dim=-1`` means over all."""
     v, g = an.of(node.args[0]), an.of(node.args[1])
     dim = arg(node, 2, "dim", 0)
+    dim = dim + len(v) if dim < -1 else dim
     for i, axis in enumerate(v):
-        if i == dim % len(v):
+        if i == dim:
             an.unify(axis, g[i] if len(g) > 1 else g[0])
         elif axis.size != 1:
             an.label(axis, "its norm is taken over it")

@@ -1,4 +1,4 @@
-"""Operators that regroup, reorder and repeat dimensions, by the law of ``rule_oracle``, on numbers that are all unlike."""
+"""Operators that regroup, reorder and repeat dimensions, by the law of ``rule_oracle``; no number occurs twice."""
 
 from __future__ import annotations
 
