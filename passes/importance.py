@@ -23,6 +23,9 @@ from ..graph.errors import PreconditionError
 from ..graph.program import Program, set_tensor
 from .base import Context
 
+# Elements of a block of `power_sums`: 1 MiB of float32.
+BLOCK = 1 << 18
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -31,6 +34,13 @@ class Scoring:
     tensors: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
+    _powers: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def powers(self, name: str, p: int) -> tuple[Tensor, ...]:
+        """Return `power_sums` of the tensor ``name``, computed once: it is a member of a group in every dimension."""
+        if (name, p) not in self._powers:
+            self._powers[name, p] = power_sums(self.tensors[name], p)
+        return self._powers[name, p]
 
 
 # A criterion gives one score vector per scored member, each [size of the group]; an empty list means it cannot judge.
@@ -50,7 +60,35 @@ def slice_sums(elements: Tensor, member: Member) -> Tensor:
         ``[size of the axis]``, float32.
     """
     others = [d for d in range(elements.dim()) if d != member.dim]
-    line = elements.float().sum(others) if others else elements.float()
+    return _gathered(elements.float().sum(others) if others else elements.float(), member)
+
+
+def power_sums(tensor: Tensor, p: int) -> tuple[Tensor, ...]:
+    """Sum ``|w| ** p`` over all dimensions but one, for each dimension, in one pass over the tensor.
+
+    The pass goes by blocks that stay in cache: a temporary of the size of a large weight costs more than the sums.
+
+    Returns:
+        One vector a dimension, as long as the dimension, float32.
+    """
+    shape = tensor.shape
+    rows = tensor.detach().reshape(shape[0], -1)
+    first = torch.empty(shape[0], device=tensor.device)
+    rest = torch.zeros(rows.shape[1], device=tensor.device)
+    step = max(1, BLOCK // max(1, rows.shape[1]))
+    for start in range(0, shape[0], step):
+        block = rows[start : start + step]
+        block = block.float() if p == 2 and not block.is_complex() else block.abs().float()
+        block = block if p == 1 else block * block if p == 2 else block**p
+        first[start : start + step] = block.sum(1)
+        rest += block.sum(0)
+    rest = rest.view(shape[1:])
+    others = ([e for e in range(rest.dim()) if e != d] for d in range(rest.dim()))
+    return first, *(rest.sum(dims) if dims else rest for dims in others)
+
+
+def _gathered(line: Tensor, member: Member) -> Tensor:
+    """Sum the entries of a dimension that belong to each index of the member's axis."""
     index = torch.from_numpy(member.positions()).to(line.device)
     return line[index].sum(1)
 
@@ -62,7 +100,7 @@ def magnitude(p: int) -> Criterion:
     """Score a slice by the sum of ``|w| ** p`` (no root). Li et al., Pruning Filters for Efficient ConvNets, 1608.08710."""
 
     def score(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
-        return [slice_sums(scoring.tensors[m.name].detach().abs() ** p, m) for m in members]
+        return [_gathered(scoring.powers(m.name, p)[m.dim], m) for m in members]
 
     return score
 
@@ -195,6 +233,11 @@ def importance(
         PreconditionError: The criterion cannot judge the group (no member has a gradient), or a score is not finite.
     """
     members = scored_members(group, include_bias)
+    if criterion != "random" and any(scoring.tensors[m.name].is_meta for m in members):
+        raise PreconditionError(
+            f"{criterion} reads weights, and {members[0].name!r} is on the meta device; "
+            'load the weights, or plan with criterion="random"'
+        )
     scores = CRITERIA[criterion](scoring, group, members)
     if not scores:
         raise PreconditionError(
