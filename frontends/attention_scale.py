@@ -7,12 +7,15 @@ whose forward derives it from the width that is left needs weights that make up 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from ..graph.axes import Axis, leaves
-from ..graph.depgraph import DepGraph, Member
+from ..graph.axes import Axis, find, leaves
+from ..graph.depgraph import DepGraph
+from ..graph.groups import Member
 from ..graph.resize import RemovalRecord
 from .multihead import ResizedMultiheadAttention
 from .sizes import HEAD, HEAD_DIM, SizeChanges, module_paths
@@ -55,6 +58,47 @@ class ScaleKeeper:
             elif node.target is _ATTENTION and node.kwargs.get("scale") is None and path not in seen:
                 seen.add(path)
                 self._absorb(path, self.graph.analysis.of(node.args[0])[-1])
+
+    def absorb_at(self, path: str) -> Callable[[], None] | None:
+        """Make up for the scale of the attention at ``path``, whatever form its forward has.
+
+        Returns:
+            What undoes it; None where no width of queries and keys changed there, or it was made up for already.
+        """
+        width = self._narrowed.get(path)
+        before = dict(self.scaled)
+        if width is None:
+            return None
+        saved = {name: self._parameter(name).detach().clone() for name in self._carriers(path, width)}
+        if set(saved) & set(before):
+            return None
+        self._absorb(path, width)
+
+        def undo() -> None:
+            for name, tensor in saved.items():
+                with torch.no_grad():
+                    self._parameter(name).copy_(tensor)
+            for name in set(self.scaled) - set(before):
+                del self.scaled[name]
+
+        return undo if set(self.scaled) != set(before) else None
+
+    @cached_property
+    def _narrowed(self) -> dict[str, Axis]:
+        """The width of queries and keys of every module whose own operators carry one that changed."""
+        widths = {find(axis) for axis, role in self.graph.analysis.roles if role == HEAD_DIM}
+        widths = {axis for axis in widths if type(axis.size) is int and self.sizes.new_size(axis) != axis.size}
+        out: dict[str, Axis] = {}
+        for node in self.graph.program.nodes:
+            paths = module_paths(node)
+            for axis in self.graph.analysis.of(node) if paths else ():
+                if isinstance(axis, Axis) and find(axis) in widths:
+                    out.setdefault(paths[-1], find(axis))
+        return out
+
+    def _parameter(self, name: str) -> Tensor:
+        owner, _, short = name.rpartition(".")
+        return getattr(self._modules[owner], short)
 
     def _changed_tensors(self, path: str) -> bool:
         return any(name.rpartition(".")[0] in (path, f"{path}.out_proj") for name in self.removal.tensors)
@@ -104,8 +148,7 @@ class ScaleKeeper:
 
     def _scale(self, name: str, members: list[Member], factor: float) -> None:
         """Multiply the indices of the work copy's parameter ``name`` that belong to ``members`` by ``factor``."""
-        owner, _, short = name.rpartition(".")
-        tensor: Tensor = getattr(self._modules[owner], short)
+        tensor = self._parameter(name)
         for dim in {m.dim for m in members}:
             cut = self.removal.tensors.get(name, {}).get(dim)
             scaled = torch.zeros(cut.of if cut else tensor.shape[dim], dtype=torch.bool)

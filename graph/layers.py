@@ -17,7 +17,7 @@ import networkx as nx
 from torch.fx import Node
 
 from .axes import Axis, leaves
-from .depgraph import DepGraph, _tensors_of
+from .depgraph import DepGraph, tensors_of
 from .rules.base import is_tensor
 
 INTER, INTRA = "inter-layer", "intra-layer"
@@ -86,7 +86,7 @@ def _carried(graph: DepGraph) -> set[Axis]:
 
 
 def _leaves(value: Any) -> set[Axis]:
-    return {leaf for dims in _tensors_of(value) for axis in dims for leaf in leaves(axis) if leaf.size != 1}
+    return {leaf for dims in tensors_of(value) for axis in dims for leaf in leaves(axis) if leaf.size != 1}
 
 
 def _weight_name(node: Node) -> str | None:

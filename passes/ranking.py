@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..graph.depgraph import CouplingGroup
+from ..graph.groups import CouplingGroup
 
 
 @dataclass(frozen=True)

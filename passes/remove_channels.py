@@ -9,7 +9,7 @@ divisibility. The result carries the removal record. Paper: DepGraph: Towards An
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -17,13 +17,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..graph.cost import cost
-from ..graph.depgraph import CouplingGroup, DepGraph, depgraph
+from ..graph.depgraph import DepGraph, depgraph
 from ..graph.errors import PreconditionError
+from ..graph.groups import CouplingGroup
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord, reconcile, resize
 from .base import Context, Pass, PassResult, Skipped
-from .importance import CRITERIA, NEEDS_GRADIENTS, NORMALISERS, REDUCTIONS, Scoring, calibration_gradients, importance
+from .criteria import CRITERIA
+from .importance import NotScoredError, importance, scoring_of
 from .ranking import Limits, global_widths, legal_width, local_widths, select
+from .reductions import NORMALISERS, REDUCTIONS
 
 SCOPES = ("local", "global")
 WIDTH_KINDS = ("channel", "hidden")
@@ -64,7 +67,7 @@ class RemoveChannels(Pass):
 
     Attributes:
         ratio: Fraction of the indices of channel and hidden groups to remove, of the width before the pass.
-        criterion: How a slice is scored: a key of `importance.CRITERIA`. The Taylor ones need calibration.
+        criterion: How a slice is scored: a key of `criteria.CRITERIA`. ``hessian`` and Taylor need calibration.
         scope: ``local`` (every group loses the same fraction) or ``global`` (all indices compete).
         reduction: How the members of a group are combined.
         normaliser: How a group's scores are scaled before they compete. ``mean`` for a global scope compares indices
@@ -139,6 +142,7 @@ class RemoveChannels(Pass):
         stats = {
             "groups": len(initial),
             "groups_shrunk": len(record.groups),
+            "indices_before": sum(initial.values()),
             "indices_removed": sum(c.of - len(c.kept) for c in record.groups.values()),
             "parameters_before": before.parameters,
             "parameters_after": after.parameters,
@@ -155,12 +159,10 @@ class RemoveChannels(Pass):
     def _plan(self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int], part: float) -> _Plan:
         ratios = {g.name: self._ratio(g) * part for g in graph.groups}
         groups = [g for g in graph.groups if ratios[g.name] > 0]
-        gradients = calibration_gradients(program, ctx) if self.criterion in NEEDS_GRADIENTS and groups else {}
-        scoring = Scoring(program.tensors(), gradients, self.seed)
-        scores: dict[str, Tensor] = {}
-        for i, g in enumerate(groups):
-            scores[g.name] = importance(g, scoring, self.criterion, self.reduction, self.normaliser, self.include_bias)
-            ctx.report("scoring", i + 1, len(groups))
+        if not groups:
+            return _Plan()
+        scores, unscored = self._scores(groups, program, ctx)
+        groups = [g for g in groups if g.name in scores]
         if self.scope == "local":
             wanted = local_widths(groups, ratios, initial)
         else:
@@ -172,7 +174,31 @@ class RemoveChannels(Pass):
             width = legal_width(g, wanted[g.name], initial[g.name], Limits(self.max_ratio, self.min_width, align))
             if width < g.size:
                 keep[g.name] = select(g, scores[g.name], width)
-        return _Plan(*reconcile(graph, keep), wanted)
+        keep, dropped = reconcile(graph, keep)
+        return _Plan(keep, unscored | dropped, wanted)
+
+    def _scores(
+        self, groups: Sequence[CouplingGroup], program: Program, ctx: Context
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the scores by group, and why a group has none."""
+        scoring = scoring_of(program, self.criterion, ctx, self.seed)
+        scores: dict[str, Tensor] = {}
+        unscored: dict[str, str] = {}
+        for i, g in enumerate(groups):
+            try:
+                scores[g.name] = importance(
+                    g, scoring, self.criterion, self.reduction, self.normaliser, self.include_bias
+                )
+            except NotScoredError as err:
+                unscored[g.name] = str(err)
+            ctx.report("scoring", i + 1, len(groups))
+        if not scores:
+            reason = next(iter(unscored.values()))
+            raise PreconditionError(
+                f"the criterion {self.criterion} scores none of the {len(groups)} groups of {program.name} "
+                f"({reason}); choose another criterion"
+            )
+        return scores, unscored
 
     def _ratio(self, group: CouplingGroup) -> float:
         names = (group.name, *(m.name for m in group.members))

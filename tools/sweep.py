@@ -24,7 +24,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..frontends.capture import capture
-from ..graph.depgraph import CouplingGroup, DepGraph, depgraph
+from ..graph.depgraph import DepGraph, depgraph
+from ..graph.groups import CouplingGroup
 from ..graph.oracle import masked_outputs, masked_parameters
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord, reconcile, resize

@@ -18,7 +18,7 @@ _WHERE = {
     "ArtifactError": "graph.errors",
     "CaptureError": "graph.errors",
     "Context": "passes.base",
-    "CouplingGroup": "graph.depgraph",
+    "CouplingGroup": "graph.groups",
     "DepGraph": "graph.depgraph",
     "EliminateDeadCode": "passes.eliminate_dead_code",
     "FoldBatchNorm": "passes.fold_batch_norm",
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from .frontends.capture import capture as capture
     from .frontends.write_back import write_back as write_back
     from .graph.cost import cost as cost
-    from .graph.depgraph import CouplingGroup as CouplingGroup
     from .graph.depgraph import DepGraph as DepGraph
     from .graph.depgraph import depgraph as depgraph
     from .graph.errors import ArtifactError as ArtifactError
@@ -70,6 +69,7 @@ if TYPE_CHECKING:
     from .graph.errors import InputError as InputError
     from .graph.errors import PreconditionError as PreconditionError
     from .graph.errors import VerificationError as VerificationError
+    from .graph.groups import CouplingGroup as CouplingGroup
     from .graph.program import Program as Program
     from .graph.resize import RemovalRecord as RemovalRecord
     from .graph.resize import resize as resize
