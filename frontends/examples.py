@@ -26,9 +26,8 @@ def resnet() -> Example:
     """
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic", num_labels=10, num_channels=3
-    )
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic", num_channels=3)
+    config.num_labels = 10
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = ResNetForImageClassification(config).eval()

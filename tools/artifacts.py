@@ -48,8 +48,8 @@ def export_torchscript(program: Program, directory: Path, check: Check) -> dict[
     return dict(export(program, directory, tolerance=check.tolerance).manifest)
 
 
-def kind_of(directory: Path) -> str | None:
-    """Return which export ``directory`` holds, None if it holds none."""
+def read_facts(directory: Path) -> dict[str, Any]:
+    """Return the manifest of the export in ``directory``, empty if it holds none."""
     from ..backends import onnx_runner, torchscript
 
     for backend in (onnx_runner, torchscript):
@@ -58,8 +58,13 @@ def kind_of(directory: Path) -> str | None:
         except (OSError, ValueError):
             continue
         if isinstance(manifest, dict) and manifest.get("kind") == backend.KIND:
-            return backend.KIND
-    return None
+            return manifest
+    return {}
+
+
+def kind_of(directory: Path) -> str | None:
+    """Return which kind of export ``directory`` holds, None if it holds none."""
+    return read_facts(directory).get("kind")
 
 
 def load_call(directory: Path, threads: int | None = None, providers: tuple[str, ...] | None = None) -> Call:

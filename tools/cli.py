@@ -76,9 +76,7 @@ SetOption = Annotated[
 
 def _version(show: bool) -> None:
     if show:
-        from .. import __version__
-
-        typer.echo(f"graphwright {__version__}")
+        typer.echo(f"graphwright {import_module('graphwright').__version__}")
         raise typer.Exit()
 
 

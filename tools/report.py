@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,7 @@ def report_data(outcome: Outcome) -> dict[str, Any]:
         "cost": {"before": first["cost"], "after": after},
         "groups": group_widths(first["groups"], [stage.result for stage in passes]),
         "frozen": first["frozen"],
-        "passes": [
-            {**{k: v for k, v in stage.result.items() if k != "removal"}, "seconds": stage.seconds} for stage in passes
-        ],
+        "passes": [{**stage.result, "seconds": stage.seconds} for stage in passes],
         "exports": {name: _export(outcome[name].result, name) for name in EXPORTS if name in outcome},
         "latency": outcome[LATENCY].result if LATENCY in outcome else None,
         "samples": outcome[SAMPLES].result if SAMPLES in outcome else None,
@@ -60,7 +58,7 @@ def report_data(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def group_widths(groups: list[Mapping[str, Any]], passes: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def group_widths(groups: Sequence[Mapping[str, Any]], passes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return every coupling group with its width before and after all passes, and what was wanted of it."""
     table: dict[str, dict[str, Any]] = {
         g["name"]: {

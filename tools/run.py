@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.utils._pytree as pytree
 
 from ..graph.depgraph import depgraph
 from ..graph.errors import GraphwrightError
@@ -27,7 +29,7 @@ from .recipe_schema import Measure, Recipe, Samples
 from .run_dir import Finished, RunDirectory, write_atomic
 from .source import Source, load_source
 
-RESOLVED, PROGRAM = "recipe.resolved.yaml", "program"
+RESOLVED, PROGRAM, REMOVAL = "recipe.resolved.yaml", "program", "removal.json"
 CAPTURE, ONNX, ONNX_ORIGINAL, TORCHSCRIPT = "capture", "onnx", "onnx-original", "torchscript"
 SAMPLES, LATENCY = "samples", "latency"
 
@@ -194,6 +196,9 @@ class Runner:
             record = result.records[0]
             if record.result.modified:
                 self._keep(name, result.output, folder)
+            if record.result.removal is not None:
+                text = json.dumps(record.result.removal.to_json(), separators=(",", ":"))
+                (folder / REMOVAL).write_text(text + "\n", encoding="utf-8")
             return {
                 "program": name if record.result.modified else before.result["program"],
                 "name": step.name,
@@ -202,7 +207,6 @@ class Runner:
                 "stats": dict(record.result.stats),
                 "skipped": [{"site": s.site, "reason": s.reason} for s in record.result.skipped],
                 "widths": [vars(width) for width in getattr(record.result, "widths", ())],
-                "removal": None if record.result.removal is None else record.result.removal.to_json(),
                 "cost": cost_facts(result.output),
             }
 
@@ -273,7 +277,7 @@ class Runner:
         def work(folder: Path) -> Any:
             program = self._program(last)
             sizes = {} if options.batch is None else {"batch": options.batch}
-            args, kwargs = torch.utils._pytree.tree_unflatten(inputs_at(program, sizes), program.in_spec)
+            args, kwargs = pytree.tree_unflatten(inputs_at(program, sizes), program.in_spec)
             with torch_threads(options.threads) as threads, torch.no_grad():
                 runners = self._runners(last, options.threads, exports_only=False)
                 calls = {label: (lambda r=runner: r(*args, **kwargs)) for label, runner in runners.items()}

@@ -93,7 +93,7 @@ def tokens(batch: int, length: int, vocabulary: int, seed: int = 2) -> torch.Ten
 
 
 def case(model: nn.Module, make: Callable[[int], Any], *, seed: int = 0, dynamic: dict[str, Any] | None = None,
-         init: bool = True, second: bool = True) -> Case:
+         init: bool = True, second: bool = True, floor: float = 0.06) -> Case:
     """Initialise a model and pair it with its inputs.
 
     Args:
@@ -103,6 +103,7 @@ def case(model: nn.Module, make: Callable[[int], Any], *, seed: int = 0, dynamic
         dynamic: see `Case`.
         init: false leaves the weights as the caller set them.
         second: false where the model accepts one shape only.
+        floor: least running variance of a batch norm; a channel that hardly varies would be blown up.
     """
     if init:
         seeded_init(model, seed)
@@ -116,11 +117,40 @@ def case(model: nn.Module, make: Callable[[int], Any], *, seed: int = 0, dynamic
 
     args, kwargs = inputs(2)
     if init:
+        _calibrate(model, args, kwargs, source(seed + 55), floor)
         _wake(model, args, kwargs)
     return Case(model, args, kwargs, dynamic, inputs(3) if second else None)
 
 
-def _wake(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int = 6) -> None:
+def _calibrate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gen: torch.Generator,
+               floor: float) -> None:
+    """Set the running statistics of batch norms to those of the example inputs, then shift them at random.
+
+    Statistics that ignore the activations let deep residual networks grow without bound.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except ValueError:                                   # one value per channel: the random statistics stay
+        pass
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+        norm.momentum = momentum
+        norm.num_batches_tracked.zero_()
+        spread = norm.running_var.sqrt()
+        norm.running_mean += spread * _signed(spread.shape, 0.05, 0.2, gen)
+        norm.running_var *= 0.6 + 0.8 * torch.rand(spread.shape, generator=gen)
+        norm.running_var.clamp_(min=floor)
+
+
+def _wake(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int = 4) -> None:
     """Raise the biases that have no influence on the output: rectified units that no example input reaches.
 
     A unit that is always off would let a wrongly removed neighbour pass unseen.
@@ -137,7 +167,7 @@ def _wake(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], round
                 if "bias" in name and parameter.ndim == 1 and parameter.grad is not None:
                     asleep = parameter.grad == 0
                     if asleep.any() and (turn < 2 or not asleep.all()):
-                        parameter += 0.5 * 2 ** turn * asleep
+                        parameter += 0.5 * 2 ** min(turn, 2) * asleep
                         changed = True
         model.zero_grad(set_to_none=True)
         if not changed:
