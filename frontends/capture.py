@@ -220,7 +220,9 @@ def _drop_checks(gm: GraphModule) -> None:
 
 def _is_scalar_arithmetic(node: Node) -> bool:
     module = getattr(node.target, "__module__", "")
-    return module in ("_operator", "math") or node.target is torch.ops.aten.sym_size.int
+    # Read by nobody, `item` is what a check of values left behind; the verifier cannot follow it without its symbol.
+    reads = (torch.ops.aten.sym_size.int, torch.ops.aten.item.default, torch.sym_ite, torch.sym_not)
+    return module in ("_operator", "math") or node.target in reads
 
 
 def _inline_mode_regions(gm: GraphModule) -> None:

@@ -144,6 +144,8 @@ def resize_repeat_interleave(rz: Resizer, node: Node) -> None:
         return
     x, out = rz.of(node.args[0]), rz.of(node)
     d = dim % len(x)
+    if not rz.changed(out[d]):
+        return  # the size may be symbolic, which is no literal
     node.update_arg(1, rz.size(out[d]) // rz.size(x[d]))
     if node.kwargs.get("output_size") is not None:
         node.update_kwarg("output_size", rz.size(out[d]))

@@ -42,7 +42,7 @@ class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.LSTM(5, 6, num_layers=2, batch_first=True)
-        self.head = nn.Linear(6, 3)
+        self.head = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         y, (h, c) = self.lstm(x)
@@ -74,8 +74,8 @@ class Spectral(nn.Module):
         self.frozen = nn.Parameter(torch.arange(1.0, 7.0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = torch.full((6,), float("-inf")).triu(4)
-        y = torch.softmax(x * self.frozen + mask, -1)
+        masked = (x * self.frozen).masked_fill(self.table.repeat(2) == 1, float("-inf"))
+        y = torch.softmax(masked, -1)
         z = torch.view_as_complex(y.reshape(-1, 3, 2)) * self.turns
         return torch.view_as_real(z)[:, self.table][..., 0:2]
 
