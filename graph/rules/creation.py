@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch.fx import Node
 
 from .base import Analysis, AxesRule, Dims, Value, resize_shape
+from .elementwise import DRAWN
 
 POSITIONS = "values made from positions"
 
@@ -23,7 +24,9 @@ def positional(an: Analysis, node: Node) -> Dims:
 
 def random(an: Analysis, node: Node) -> Dims:
     """Random numbers: another size draws others."""
-    return an.fresh(node.meta["val"], "random numbers of this size are drawn")
+    for n in node.all_input_nodes:
+        an.freeze_all(an.of(n), DRAWN)
+    return an.fresh(node.meta["val"], DRAWN)
 
 
 def frozen(reason: str) -> Callable[[Analysis, Node], Value]:
@@ -49,7 +52,7 @@ RULES: dict[str, AxesRule] = {
     **{name: AxesRule(fill, resize_shape(1, "size")) for name in ("new_zeros", "new_ones", "new_full", "new_empty")},
     **{
         name: AxesRule(positional)
-        for name in ("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "tensor")
+        for name in ("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices")
     },
     **{name: AxesRule(random) for name in ("rand", "randn", "randint", "randperm", "normal_functional")},
     "meshgrid": AxesRule(frozen("positions")),

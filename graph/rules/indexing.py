@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from .base import Analysis, AxesRule, Dims, arg, out_sizes
@@ -23,11 +24,7 @@ def index(an: Analysis, node: Node) -> Dims:
     assert isinstance(indices, (list, tuple))
     sizes = out_sizes(node)
     at = [d for d, i in enumerate(indices) if isinstance(i, Node)]
-    if any(
-        i.meta["val"].dtype.is_floating_point is False and str(i.meta["val"].dtype) == "torch.bool"
-        for i in indices
-        if isinstance(i, Node)
-    ):
+    if any(_is_mask(i) for i in indices):
         return _boolean(an, node, x)
     an.freeze_all([x[d] for d in at], BY_DATA)
     kept = [x[d] for d in range(len(x)) if d not in at]
@@ -36,6 +33,10 @@ def index(an: Analysis, node: Node) -> Dims:
     place = at[0] if contiguous else 0
     own = an.broadcast([an.of(indices[d]) for d in at], sizes[place : place + rank])
     return (*kept[:place], *own, *kept[place:])
+
+
+def _is_mask(index: object) -> bool:
+    return isinstance(index, Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 def _boolean(an: Analysis, node: Node, x: Dims) -> Dims:
@@ -53,13 +54,14 @@ def index_put(an: Analysis, node: Node) -> Dims:
     at = [d for d, i in enumerate(indices) if isinstance(i, Node)]
     for i in indices:
         an.freeze_all(an.of(i), BY_DATA)
-    an.freeze_all([x[d] for d in at], BY_DATA)
-    trailing = [x[d] for d in range(len(x)) if d not in at]
     simple = at == list(range(len(at)))
+    covered = sum(len(an.of(indices[d])) if _is_mask(indices[d]) else 1 for d in at)  # a mask covers all its dimensions
+    trailing = x[covered:] if simple else x
+    an.freeze_all(x[:covered], BY_DATA)
     if simple:
         rank = min(len(trailing), len(values))
         an.broadcast(
-            [tuple(trailing[len(trailing) - rank :]), values[len(values) - rank :]],
+            [trailing[len(trailing) - rank :], values[len(values) - rank :]],
             [a.size for a in trailing[len(trailing) - rank :]],
         )
         an.freeze_all(values[: len(values) - rank], BY_DATA)
@@ -73,16 +75,16 @@ def index_select(an: Analysis, node: Node) -> Dims:
     x, own = an.of(node.args[0]), an.of(node.args[2])
     d = node.args[1] % len(x)  # type: ignore[operator]
     an.freeze(x[d], BY_DATA)
-    return (*x[:d], *own, *x[d + 1 :])
+    return (*x[:d], *(own or (an.leaf(1),)), *x[d + 1 :])
 
 
 def index_add(an: Analysis, node: Node) -> Dims:
-    """``index_add`` and ``index_copy``: slices written along one dimension; the others are tied."""
+    """``index_add``, ``index_copy``, ``index_fill``: slices written along one dimension; the others are tied."""
     x, own, source = an.of(node.args[0]), an.of(node.args[2]), an.of(node.args[3])
     d = node.args[1] % len(x)  # type: ignore[operator]
-    an.freeze(x[d], BY_DATA)
-    an.unify_all(own, source[d : d + 1])
-    an.unify_all([*x[:d], *x[d + 1 :]], [*source[:d], *source[d + 1 :]])
+    an.freeze_all((x[d], *own, *source[d : d + 1]), BY_DATA)
+    if source:
+        an.unify_all([*x[:d], *x[d + 1 :]], [*source[:d], *source[d + 1 :]])
     return x
 
 
@@ -96,10 +98,10 @@ def gather(an: Analysis, node: Node) -> Dims:
 
 
 def scatter(an: Analysis, node: Node) -> Dims:
-    """Element-wise write along one dimension."""
+    """Element-wise write along one dimension, of which nothing may stay unwritten."""
     x, own, source = an.of(node.args[0]), an.of(node.args[2]), an.of(node.args[3])
     d = node.args[1] % len(x)  # type: ignore[operator]
-    an.freeze(x[d], BY_DATA)
+    an.freeze_all((x[d], own[d], *source[d : d + 1]), BY_DATA)
     _tie_or_freeze(an, x, own, d)
     if source:
         _tie_or_freeze(an, source, own, -1)
@@ -149,6 +151,7 @@ RULES: dict[str, AxesRule] = {
     "index_select": AxesRule(index_select),
     "index_add": AxesRule(index_add),
     "index_copy": AxesRule(index_add),
+    "index_fill": AxesRule(index_add),
     "gather": AxesRule(gather),
     "scatter": AxesRule(scatter),
     "scatter_add": AxesRule(scatter),

@@ -6,12 +6,11 @@ from torch.fx import Node
 
 from .base import Analysis, AxesRule, Dims, Resizer, Value, arg, set_arg
 
-
 STATISTICS = "its statistics are taken over it"
 
 
 def per_channel(an: Analysis, node: Node) -> Value:
-    """Batch and instance norm: four vectors beside the channel dimension 1. Statistics of the input run over the rest."""
+    """Batch and instance norm: vectors beside dimension 1; statistics of the input run over the rest."""
     x = an.of(arg(node, 0, "input"))
     for vector in node.args[1:5]:
         for axis in an.of(vector):

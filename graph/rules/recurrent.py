@@ -18,10 +18,12 @@ def recurrent(gates: int) -> Callable[[Analysis, Node], Value]:
     """
 
     def axes(an: Analysis, node: Node) -> Value:
+        # Packed sequences come as rows of all steps, with the number of sequences per step as second argument.
+        packed = node.target._overloadname == "data"  # type: ignore[union-attr]
+        arguments = [*node.args[:1], *node.args[2:], False] if packed else node.args
+        given, weights, has_biases, layers, _, _, bidirectional, batch_first = arguments[1:9]
         x = an.of(node.args[0])
-        states = [an.of(s) for s in (node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]])]
-        weights, has_biases, layers = node.args[2:5]
-        bidirectional, batch_first = node.args[7:9]
+        states = [an.of(s) for s in (given if isinstance(given, (list, tuple)) else [given])]
         assert isinstance(weights, (list, tuple)) and isinstance(layers, int)
         directions = 2 if bidirectional else 1
         per_cell = len(weights) // (layers * directions)
@@ -29,10 +31,17 @@ def recurrent(gates: int) -> Callable[[Analysis, Node], Value]:
         cells = [[an.of(w) for w in weights[i : i + per_cell]] for i in range(0, len(weights), per_cell)]
         hidden = states[-1][-1] if gates == 4 else states[0][-1]
         out_width = states[0][-1]
-        if not projected:
+        if projected:
+            # That the two widths differ is how the operator knows of the projection.
+            an.freeze(hidden, "the cell must stay wider than its projection")
+        else:
             an.unify(hidden, out_width)
-        batch, time = (0, 1) if batch_first else (1, 0)
-        if len(x) == 3:
+        for state in states[1:]:
+            an.unify(state[1], states[0][1])
+        if packed:
+            an.freeze_all((x[0], *an.of(node.args[1]), states[0][1]), "packed sequences")
+        else:
+            batch, time = (0, 1) if batch_first else (1, 0)
             an.freeze(x[time], "time steps")
             an.unify(x[batch], states[0][1])
         feed = x[-1]

@@ -13,21 +13,21 @@ from .base import Analysis, AxesRule, Dims, Value, arg, out_sizes
 Mark = Callable[[Analysis, Axis], None]
 
 
-def _reduced(node: Node, rank: int, index: int, name: str = "dim") -> list[int]:
-    dims = arg(node, index, name)
+def _reduced(node: Node, rank: int, index: int, default: int | None) -> list[int]:
+    dims = arg(node, index, "dim", default)
     if dims is None or (isinstance(dims, (list, tuple)) and not dims) or isinstance(dims, bool):
         return list(range(rank))
     return [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])] if rank else []
 
 
-def reducing(mark: Mark, dim_index: int = 1) -> Callable[[Analysis, Node], Value]:
+def reducing(mark: Mark, dim_index: int = 1, default: int | None = None) -> Callable[[Analysis, Node], Value]:
     """Make the axes half of a reduction whose reduced axes are treated by ``mark``."""
 
     def axes(an: Analysis, node: Node) -> Value:
-        if len(node.all_input_nodes) > 1:  # max.other, min.other: elementwise
+        if node.target._overloadname == "other":  # type: ignore[union-attr]  # the larger of two tensors
             return an.broadcast([an.of(n) for n in node.all_input_nodes], out_sizes(node))
         x = an.of(node.args[0])
-        reduced = _reduced(node, len(x), dim_index)
+        reduced = _reduced(node, len(x), dim_index, default)
         for d in reduced:
             if x[d].size != 1:
                 mark(an, x[d])
@@ -67,8 +67,8 @@ def along(reason: str, dim_index: int = 1, default: int | tuple[int, ...] = -1) 
     def axes(an: Analysis, node: Node) -> Value:
         x = an.of(node.args[0])
         dims = arg(node, dim_index, "dim", default)
-        dims = dims if isinstance(dims, (list, tuple)) else [dims]
-        for d in dims or range(len(x)):
+        dims = dims if isinstance(dims, (list, tuple)) else () if dims is None else [dims]
+        for d in dims or range(len(x)):  # none named: all
             if x:
                 an.freeze(x[d % len(x)], reason)
         outputs = node.meta["val"]
@@ -97,7 +97,7 @@ def diff(an: Analysis, node: Node) -> Dims:
 
 
 def cosine_similarity(an: Analysis, node: Node) -> Dims:
-    """Both operands are summed over one dimension."""
+    """Both operands are summed over one dimension, alone and together: exact only if both were masked there."""
     x1, x2 = an.of(node.args[0]), an.of(node.args[1])
     dim = arg(node, 2, "dim", 1)
     rank = max(len(x1), len(x2))
@@ -105,17 +105,18 @@ def cosine_similarity(an: Analysis, node: Node) -> Dims:
         an.freeze_all((*x1, *x2), "cosine similarity of different ranks is not followed")
         return an.fresh(node.meta["val"], "cosine similarity of different ranks is not followed")
     both = an.broadcast([x1, x2], [a.size if a.size != 1 else b.size for a, b in zip(x1, x2, strict=True)])
-    an.sum_over(both[dim % rank])
+    an.label(both[dim % rank], "norms are taken over it")
     return tuple(axis for i, axis in enumerate(both) if i != dim % rank)
 
 
 _MEANS = "mean var std var_mean std_mean nanmean"
-_EXTREMA = "amax amin max min prod any all argmax argmin logsumexp median aminmax nanmedian mode"
-_ALONG = "cumsum cumprod sort argsort topk logcumsumexp cummax cummin"
+_EXTREMA = "amax amin max min prod any all argmax argmin logsumexp median aminmax nanmedian"
+_ALONG = "cumsum cumprod sort argsort logcumsumexp cummax cummin"
 
 RULES: dict[str, AxesRule] = {
     **{name: AxesRule(reducing(_statistic)) for name in _MEANS.split()},
     **{name: AxesRule(reducing(_extremum)) for name in _EXTREMA.split()},
+    "mode": AxesRule(reducing(_extremum, default=-1)),
     **{name: AxesRule(along("positions along it are ordered or accumulated")) for name in _ALONG.split()},
     "topk": AxesRule(along("positions along it are ordered or accumulated", 2)),
     "sum": AxesRule(reducing(_sum)),
@@ -125,7 +126,7 @@ RULES: dict[str, AxesRule] = {
     "diff": AxesRule(diff),
     "cosine_similarity": AxesRule(cosine_similarity),
     "flip": AxesRule(along("its order is reversed")),
-    "roll": AxesRule(along("its positions are rolled", 2, 0)),
+    "roll": AxesRule(along("its positions are rolled", 2, ())),
     "fft_fft": AxesRule(along("a Fourier transform runs along it", 2)),
     "fft_ifft": AxesRule(along("a Fourier transform runs along it", 2)),
     "fft_rfft": AxesRule(along("a Fourier transform runs along it", 2)),

@@ -57,7 +57,7 @@ class Call:
     random: bool = False
 
 
-def call(target: Any, *args: Any, expect: str = "", out: str = "", **options: Any) -> Call:
+def call(target: Any, *args: Any, expect: str = "", out: Any = "", **options: Any) -> Call:
     """Make a `Call`; words are separated by spaces; ``options`` are the operator's by name, or `Call`'s own."""
     own = {k: options.pop(k) for k in ("mask_all", "random") if k in options}
     return Call(target, args, options, tuple(expect.split()), tuple(out.split()), **own)
@@ -184,7 +184,7 @@ def check_case(case: Case, share: float = 1) -> None:
             made = by_name(made)
         seed = data.draw(st.integers(0, 2**16))
         tally["removed"] += check_law(made, seed, exact=case.exact)
-        tally["free"] += not made.expect or bool({"f", "s", "p"} & set("".join((*made.expect, *made.out))))
+        tally["free"] += bool({"f", "s", "p"} & set("".join((*made.expect, *made.out))))
 
     law()
     assert seen <= set(case.names), f"{case} drew {seen}, declares {case.names}"

@@ -131,7 +131,8 @@ def einsum_ties_equal_letters(d: Draw) -> Call:
         lone = d.pick(*term) if stretched else ""
         lone = lone if any(lone in other for other in terms[:number] + terms[number + 1 :]) else ""
         operands.append(operand(d, number == weight, *(1 if c == lone else size[c] for c in term)))
-    return call(aten.einsum.default, equation, operands)
+    words = ("".join("f" if c in output else "?" for c in term) for term in terms)
+    return call(aten.einsum.default, equation, operands, expect=" ".join(words))
 
 
 @table("einsum")
