@@ -103,7 +103,11 @@ def einsum(an: Analysis, node: Node) -> Dims:
                 an.unify(known, axis)
     activations = not any(an.is_weight(operand) for operand in operands)
     for letter, axis in letters.items():
-        holders = [operand for term, operand in zip(terms, operands, strict=True) if letter in term]
+        holders = [
+            operand
+            for term, operand in zip(terms, operands, strict=True)
+            if letter in term and an.of(operand)[term.index(letter)].size == axis.size
+        ]
         if letter not in output:
             _sum_over(an, axis, holders)
             if activations and len(holders) > 1:
