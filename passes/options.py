@@ -53,13 +53,14 @@ def make(name: str, values: Mapping[str, Any]) -> Pass:
     return build(cls, values, name)
 
 
-def build(cls: type, values: Any, what: str) -> Any:
+def build(cls: type, values: Any, what: str, noun: str = "option") -> Any:
     """Make the dataclass ``cls`` from a mapping of plain data, with every value converted to its field's type.
 
     Args:
         cls: The dataclass. Fields that are dataclasses take mappings in turn.
         values: Field values by name.
         what: What the errors call the thing.
+        noun: What they call its entries.
 
     Raises:
         OptionError: As for `make`.
@@ -70,10 +71,10 @@ def build(cls: type, values: Any, what: str) -> Any:
     hints = get_type_hints(cls)
     for key in values:
         if key not in known:
-            raise OptionError(unknown(f"{what} has no option", key, known), (key,))
+            raise OptionError(unknown(f"{what} has no {noun}", key, known), (key,))
     missing = [name for name, f in known.items() if default_of(f) is MISSING and name not in values]
     if missing:
-        raise OptionError(f"{what} needs the option {missing[0]!r} ({type_text(hints[missing[0]])})")
+        raise OptionError(f"{what} needs the {noun} {missing[0]!r} ({type_text(hints[missing[0]])})")
     converted = {key: convert(value, hints[key], key) for key, value in values.items()}
     try:
         return cls(**converted)

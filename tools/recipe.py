@@ -102,7 +102,7 @@ def _built(data: dict[str, Any], name: str, lines: Mapping[Any, int], origin: Or
         values["passes"] = _passes(data.get("passes", []))
         if isinstance(values.get("calibration"), str):
             values["calibration"] = {"factory": values["calibration"]}
-        recipe = build(Recipe, values, "a recipe")
+        recipe = build(Recipe, values, "a recipe", "key")
     except OptionError as err:
         blamed = next((text for path, text in origin.items() if err.path[: len(path)] == path), None)
         line = line_of(dict(lines), err.path)

@@ -165,7 +165,7 @@ class Recipe:
     check: Check = field(default_factory=Check)
     samples: Samples | None = None
     measure: Measure | None = field(default_factory=Measure)
-    name: str = field(default="", init=False)
+    name: str = field(default="", init=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.version != VERSION:

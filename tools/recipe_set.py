@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from ..passes.options import unknown
+from ..passes.text import OptionError, parse
 from .recipe_schema import RecipeError
 from .yaml_lines import YamlError, read_yaml
 
@@ -55,7 +57,9 @@ def _step(target: Any, part: str, path: list[str | int], text: str) -> Any:
             raise RecipeError(f"--set {text}: " + unknown("the recipe has no pass", part, map(str, names)))
         path.append(i)
         if isinstance(target[i], str):
-            target[i] = {target[i]: {}}
+            # The text form, `name` or `name{option=value}`, becomes the mapping that it stands for.
+            with suppress(OptionError):  # malformed text is reported when the recipe is read
+                target[i] = dict([parse(target[i])])
         inside = target[i]
         if isinstance(inside, dict) and len(inside) == 1 and path[0] == "passes":
             name = next(iter(inside))
@@ -78,6 +82,7 @@ def _position(items: list[Any], part: str, path: list[str | int], text: str) -> 
             raise RecipeError(f"--set {text}: {'.'.join(map(str, path))} has {len(items)} entries, counted from 0")
         return int(part)
     for i, item in enumerate(items):
-        if item == part or (isinstance(item, dict) and part in item):
+        named = item.partition("{")[0].strip() if isinstance(item, str) else item
+        if named == part or (isinstance(named, dict) and part in named):
             return i
     return part

@@ -29,9 +29,7 @@ def write_report(outcome: Outcome) -> dict[str, Any]:
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     page = render(data, {name: data_uri(png) for name, png in pictures.items()})
     for name, content in ((JSON_FILE, text), (HTML_FILE, page)):
-        file = outcome.directory / name
-        if not file.is_file() or file.read_text(encoding="utf-8") != content:
-            write_atomic(file, content)
+        write_atomic(outcome.directory / name, content)
     return data
 
 

@@ -98,7 +98,9 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; one that says the same already is left alone."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
     partial = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     with disk_errors(path):
         try:

@@ -48,7 +48,8 @@ def read_yaml(text: str) -> tuple[Any, dict[Path, int]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as err:
         mark = err.problem_mark or err.context_mark
-        raise YamlError(str(err.problem or err.context), mark.line + 1 if mark else 1) from None
+        message = " ".join(str(part) for part in (err.context, err.problem) if part)
+        raise YamlError(message, mark.line + 1 if mark else 1) from None
     except yaml.YAMLError as err:  # characters that YAML forbids have no line
         raise YamlError(str(err).splitlines()[0], 1) from None
     lines: dict[Path, int] = {(): 1}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
+
 from graphwright.passes import registry
 from graphwright.passes.options import OptionError, build, make, options, plain
 from graphwright.passes.remove_channels import RemoveChannels

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from graphwright.passes.base import Context, Pass, PassResult
 from graphwright.passes.options import make
 from graphwright.passes.remove_channels import RemoveChannels
 from graphwright.passes.text import OptionError, parse, show, show_value
-from hypothesis import given
-from hypothesis import strategies as st
 
 VALUES = st.recursive(
     st.none()

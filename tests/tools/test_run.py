@@ -1,0 +1,271 @@
+"""Runs: every stage is done once, what stopped goes on, and nothing half-written is left."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from graphwright.graph.errors import ArtifactError, GraphwrightError
+from graphwright.graph.serialize import load_program
+from graphwright.tools import artifacts
+from graphwright.tools.recipe import read_recipe
+from graphwright.tools.recipe_schema import Recipe
+from graphwright.tools.run import Outcome, Runner, seeded
+from graphwright.tools.run_dir import RunDirectory, RunError, hash_of
+
+Write = Callable[..., str]
+
+RECIPE = """
+model: {model}
+passes:
+  - remove-channels: {{ratio: 0.5, criterion: {criterion}}}
+  - fold-batch-norm
+calibration: {calibration}
+export: {{onnx: {onnx}, torchscript: {torchscript}}}
+measure: {measure}
+"""
+
+
+def recipe(model: str, name: str = "tiny", **values: Any) -> Recipe:
+    defaults = {"criterion": "magnitude-l2", "calibration": "null", "onnx": "false", "torchscript": "true"}
+    return read_recipe(RECIPE.format(model=model, **{"measure": "false", **defaults, **values}), name)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of every file but the lock."""
+    return {
+        str(file.relative_to(folder)): (file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+def fresh(outcome: Outcome) -> list[str]:
+    """Return the stages that were not taken over from an earlier run."""
+    return [stage.name for stage in outcome.stages if not stage.reused]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Write, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """A run with everything in it."""
+    full = recipe(tiny(), onnx="true", measure="{runs: 3}")
+    return Runner(full, tmp_path_factory.mktemp("whole") / "run")()
+
+
+def test_a_run_removes_exports_and_compares(whole: Outcome) -> None:
+    assert whole.ok
+    names = ["capture", "pass-1-remove-channels", "pass-2-fold-batch-norm", "onnx-original", "onnx", "torchscript"]
+    assert [stage.name for stage in whole.stages] == [*names, "latency"]
+    widths = {w["group"]: (w["before"], w["after"]) for w in whole["pass-1-remove-channels"].result["widths"]}
+    assert widths == {"first:channel": (12, 6), "second:channel": (16, 8)}
+    assert whole["pass-2-fold-batch-norm"].result["stats"]["batch_norms_folded"] == 1
+    # 6*3*9 + 6 folded bias, 8*6*9 + 8, 5*8 + 5
+    assert whole["pass-2-fold-batch-norm"].result["cost"]["parameters"] == 168 + 440 + 45
+    assert set(whole["latency"].result["times"]) == {
+        f"{which}, {runtime}" for which in ("original", "result") for runtime in ("PyTorch", "ONNX Runtime")
+    }
+
+
+def test_the_exported_file_computes_what_the_saved_program_does(whole: Outcome) -> None:
+    program = load_program(whole.directory / "pass-2-fold-batch-norm" / "program")
+    image = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = program(image).numpy()
+    session = onnxruntime.InferenceSession(whole.directory / "onnx" / "model.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    assert np.abs(expected).max() > 0.05
+    # float32, sums of at most 54 products each
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_second_run_does_no_work(whole: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot(whole.directory)
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a finished stage was done again")
+
+    for owner, name in ((torch.export, "export"), (artifacts, "export_onnx"), (artifacts, "export_torchscript")):
+        monkeypatch.setattr(owner, name, never)
+    again = Runner(whole.recipe, whole.directory)()
+    assert fresh(again) == []
+    assert snapshot(whole.directory) == before
+    assert [stage.result for stage in again.stages] == [stage.result for stage in whole.stages]
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(program: Any, directory: Path, check: Any) -> Any:
+        (directory / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifacts, "export_torchscript", killed)
+        Runner(recipe(tiny()), out)()
+    assert not (out / "torchscript").exists()
+    assert not list(out.glob(".partial*"))
+    # What a process that could not clean up leaves behind.
+    (out / ".partial-1-torchscript").mkdir()
+    (out / ".partial-1-torchscript" / "half").write_text("half")
+    (out / ".partial-1-torchscript.json").write_text("{")
+    outcome = Runner(recipe(tiny()), out)()
+    assert fresh(outcome) == ["torchscript"]
+    assert (out / "torchscript" / "model.torchscript.pt").is_file()
+    assert not list(out.glob(".partial*"))
+
+
+@pytest.mark.parametrize("where", ["program", "state"])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
+    where: str, tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import graphwright.tools.run as run_module
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "run"
+    Runner(read_recipe(f"model: {tiny()}\nmeasure: false", "tiny"), out)()
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="the disk is full") as caught:
+        if where == "program":
+            patch.setattr(run_module, "save_program", full)
+        else:
+            # The files of the stage are in place when the disk runs full; without its state they do not count.
+            patch.setattr(os, "replace", lambda a, b: full() if str(b).endswith(".json") else os.rename(a, b))
+        Runner(recipe(tiny()), out)()
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(out.rglob(".partial*"))
+    assert sorted(file.name for file in (out / "state").iterdir()) == ["capture.json"]
+    outcome = Runner(recipe(tiny()), out)()
+    assert fresh(outcome) == ["pass-1-remove-channels", "pass-2-fold-batch-norm", "torchscript"]
+
+
+def test_only_what_depends_on_a_change_is_done_again(tiny: Write, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    Runner(recipe(tiny(), torchscript="false"), out)()
+    assert fresh(Runner(recipe(tiny()), out)()) == ["torchscript"]
+    changed = Runner(recipe(tiny(), criterion="magnitude-l1"), out)()
+    assert fresh(changed) == ["pass-1-remove-channels", "pass-2-fold-batch-norm", "torchscript"]
+    without = read_recipe(f"model: {tiny()}\nmeasure: false\npasses: [fold-batch-norm]", "tiny")
+    assert fresh(Runner(without, out)()) == ["pass-1-fold-batch-norm"]
+    # The stages of passes that are gone from the recipe are gone from the directory.
+    assert not (out / "pass-1-remove-channels").exists()
+    assert not (out / "pass-2-fold-batch-norm").exists()
+
+
+def test_other_weights_or_other_code_make_another_model(tiny: Write, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    made = read_recipe(f"model: {tiny()}\nmeasure: false", "tiny")
+    Runner(made, out)()
+    assert fresh(Runner(made, out)()) == []
+    tiny(seed=1)
+    assert fresh(Runner(made, out)()) == ["capture"]
+    tiny(seed=1, old=".mean((2, 3))", new=".amax((2, 3))")
+    assert fresh(Runner(made, out)()) == ["capture"]
+    tiny()
+
+
+def test_a_stage_whose_files_are_gone_is_done_again(tiny: Write, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    Runner(recipe(tiny()), out)()
+    (out / "torchscript" / "model.torchscript.pt").unlink()
+    (out / "state" / "pass-2-fold-batch-norm.json").write_text("{")
+    assert fresh(Runner(recipe(tiny()), out)()) == ["pass-2-fold-batch-norm", "torchscript"]
+
+
+def test_a_failed_export_fails_the_run_and_is_tried_again(
+    tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(program: Any, directory: Path, check: Any) -> Any:
+        (directory / "half").write_text("half")
+        raise GraphwrightError("it computes something else")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "export_torchscript", refuse)
+        failed = Runner(recipe(tiny(), measure="{runs: 2}"), out)()
+    assert not failed.ok
+    assert failed.failures == {"torchscript": "it computes something else"}
+    assert not (out / "torchscript").exists()
+    assert "latency" in failed  # what does not need the export was done
+    again = Runner(recipe(tiny(), measure="{runs: 2}"), out)()
+    assert again.ok
+    assert "torchscript" in fresh(again)
+
+
+def test_calibration_reaches_the_passes(tiny: Write, tmp_path: Path) -> None:
+    module = tiny().partition(":")[0]
+    made = recipe(
+        tiny(), criterion="taylor", calibration=f"{{factory: '{module}:calibration', options: {{batches: 3}}}}"
+    )
+    widths = Runner(made, tmp_path / "run")()["pass-1-remove-channels"].result["widths"]
+    assert [w["after"] for w in widths] == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("graphwright_tiny:absent", "has no 'absent'"),
+        ("absent_module:make", "no module 'absent_module'"),
+        ("graphwright_tiny:not_a_calibration", r"must return \(loss, batches\)"),
+        ("digits", "must be package.module:factory or one of digits-ddpm"),
+        ("{factory: 'graphwright_tiny:calibration', options: {bathces: 3}}", "refuses its options"),
+    ],
+)
+def test_a_wrong_calibration_is_refused(factory: str, message: str, tiny: Write, tmp_path: Path) -> None:
+    made = recipe(tiny(), criterion="taylor", calibration=factory)
+    with pytest.raises(GraphwrightError, match=message):
+        Runner(made, tmp_path / "run")()
+
+
+def test_foreign_directories_are_refused(tiny: Write, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("keep me")
+    (tmp_path / "file").write_text("keep me")
+    for name, message in (("foreign", "not empty and no earlier run made it"), ("file", "is a file")):
+        with pytest.raises(RunError, match=message):
+            Runner(recipe(tiny()), tmp_path / name)()
+    assert [f.name for f in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
+    RunDirectory.open(tmp_path / "other", "other")
+    with pytest.raises(RunError, match="a run of the recipe 'other'"):
+        Runner(recipe(tiny()), tmp_path / "other")()
+    with pytest.raises(ArtifactError, match="not the directory of a run"):
+        RunDirectory.existing(tmp_path / "foreign")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fcntl")
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    first, second = (RunDirectory.open(tmp_path / "run", "x") for _ in range(2))
+    with first.locked(), pytest.raises(RunError, match="another run is at work"), second.locked():
+        pass
+    with second.locked():
+        pass
+
+
+def test_hashes_follow_content_not_order() -> None:
+    assert hash_of({"a": 1, "b": [1.5, None]}) == hash_of({"b": [1.5, None], "a": 1})
+    assert hash_of({"a": 1}) != hash_of({"a": "1"})
+
+
+def test_a_stage_result_that_json_cannot_hold_is_still_valid_json(tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path / "run", "x")
+    stage = run.do("s", {}, lambda folder: {"worst": float("inf"), "list": (1, float("nan"))})
+    assert stage.result == {"worst": None, "list": [1, None]}
+    again = run.do("s", {}, lambda folder: None)
+    assert (again.reused, again.result) == (True, stage.result)
+
+
+def test_the_global_random_state_is_left_as_it_was() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with seeded(11):
+        first = torch.rand(2)
+    with seeded(11):
+        assert torch.equal(torch.rand(2), first)
+    assert torch.equal(torch.rand(2), expected)
