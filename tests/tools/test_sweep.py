@@ -1,0 +1,79 @@
+"""The coverage sweep on the odd cases and a few architectures; the whole zoo is `make sweep`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from graphwright.graph.resize import RemovalRecord, TensorCut
+from graphwright.tools import sweep
+from graphwright.tools.zoo import ZOO
+from graphwright.tools.zoo.entry import Case, Entry
+
+ODD = [name for name, entry in ZOO.items() if entry.family == "odd" and not entry.requires]
+REAL = ["resnext", "lstm_bi_2", "llama_gqa", "bert", "vit", "convnext", "gpt2", "shufflenet_v2", "unet_group", "mixtral"]
+
+# Refused with a reason that is right: there is no smaller module that equals the masked one.
+REFUSED = {
+    "wrong/flip": "its order is reversed",
+    "wrong/roll": "its positions are rolled",
+    "wrong/channel_conv": "spatial size",
+    "wrong/softmax_channels": "softmax over it",
+    "wrong/softmax_features": "softmax over it",
+    "wrong/spatial_attention": "an extremum, order or product is taken over it",
+    "raises/strided_slices_both": "a strided slice that does not divide it",
+}
+
+
+@pytest.mark.parametrize("name", [*ODD, *REAL])
+def test_removing_a_random_half_of_every_group_equals_the_mask_oracle(name: str) -> None:
+    row = sweep.sweep_entry(ZOO[name])
+
+    assert not row.skipped
+    assert row.wrong == []
+    assert row.raised == []
+    if name in REFUSED:
+        assert row.groups == 0 and REFUSED[name] in row.frozen
+    elif name != "lstm_bare":
+        assert row.exact + row.renormalised > 0
+        assert row.inert < row.exact + row.renormalised
+
+
+def test_rows_that_are_known_to_be_refused_exist() -> None:
+    assert set(REFUSED) <= set(ODD)
+
+
+def test_a_removal_of_other_indices_than_recorded_is_found_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(program, keep, graph=None):
+        record = resize(program, keep, graph)
+        tensors = {
+            name: {d: TensorCut(tuple(sorted((i + 1) % cut.of for i in cut.kept)), cut.of) for d, cut in dims.items()}
+            for name, dims in record.tensors.items()
+        }
+        return RemovalRecord(record.groups, tensors)
+
+    resize = sweep.resize
+    monkeypatch.setattr(sweep, "resize", shifted)
+    row = sweep.sweep_entry(ZOO["works/residual_add"])
+    assert row.wrong
+
+
+def test_an_output_near_zero_is_no_agreement() -> None:
+    assert sweep.difference([torch.zeros(3)], [torch.zeros(3)]) == float("inf")
+
+
+def test_a_model_that_cannot_be_captured_is_reported_as_raised() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    row = sweep.sweep_entry(Entry("branches", "test", lambda: Case(Branches(), (torch.randn(2, 3),), {}, None, None)))
+    assert row.raised and row.raised[0].startswith("capture: CaptureError")
+
+
+def test_a_missing_package_skips_with_its_name() -> None:
+    entry = dataclasses.replace(ZOO["works/residual_add"], requires=("no_such_package",))
+    assert "no_such_package" in sweep.sweep_entry(entry).skipped
