@@ -118,7 +118,8 @@ class ScaleKeeper:
         """Multiply the queries' and keys' weights by what the scale loses: ``sqrt(new width / old width)`` together.
 
         Half of it goes to each side, since query and key may come from one fused projection. With norms on queries and
-        keys it goes to the norms' weights, which undo any factor before them.
+        keys it goes to the norms' weights, which undo any factor before them. Where values share the axis they are scaled
+        too, and the layer that takes them in gets the inverse.
         """
         old, new = int(width.size), self.sizes.new_size(width)
         if old == new:
@@ -146,6 +147,14 @@ class ScaleKeeper:
         owner = self._modules[name.rpartition(".")[0]]
         return any(p.dim() > 1 for p in owner.parameters(recurse=False))
 
+    def _takes_in(self, name: str, dim: int) -> bool:
+        """Whether dimension ``dim`` of parameter ``name`` is that of its layer's input."""
+        module = self._modules[name.rpartition(".")[0]]
+        if isinstance(module, nn.Embedding) or list(module.children()) or self._parameter(name).dim() < 2:
+            return False
+        transposed = type(module).__name__ == "Conv1D" or getattr(module, "transposed", False)
+        return dim == (0 if transposed else 1)
+
     def _scale(self, name: str, members: list[Member], factor: float) -> None:
         """Multiply the indices of the work copy's parameter ``name`` that belong to ``members`` by ``factor``."""
         tensor = self._parameter(name)
@@ -157,7 +166,8 @@ class ScaleKeeper:
                     scaled[torch.as_tensor(member.positions().reshape(-1))] = True
             rows = scaled if cut is None else scaled[list(cut.kept)]
             shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
-            factors = torch.where(rows, factor, 1.0).to(tensor.dtype).view(shape)
+            applied = 1 / factor if self._takes_in(name, dim) else factor
+            factors = torch.where(rows, applied, 1.0).to(tensor.dtype).view(shape)
             with torch.no_grad():
                 tensor.mul_(factors.to(tensor.device))
-        self.scaled[name] = factor
+            self.scaled[name] = applied

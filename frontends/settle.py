@@ -23,7 +23,7 @@ from ..graph.errors import WriteBackError
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord
 from .attention_scale import ScaleKeeper
-from .attributes import Proposal, Value, get_size, proposals, set_size, sizes_of
+from .attributes import ROLES, Proposal, Value, get_size, proposals, set_size, sizes_of
 from .fixture import deviation, quiet, second_inputs, tensors_of, tolerance
 from .layers import is_layer, layer_attributes, layer_literals
 from .sizes import HEAD_DIM, VALUE_DIM, SizeChange, SizeChanges
@@ -75,6 +75,7 @@ class Settler:
         self.removal = removal
         self.done = Settled()
         self.tried: list[str] = []
+        self._scales = ScaleKeeper(work, graph, sizes, removal)
         self._original = dict(model.named_modules(remove_duplicate=False))
         self._modules = dict(work.named_modules(remove_duplicate=False))
 
@@ -85,9 +86,8 @@ class Settler:
             WriteBackError: There are none under which the outputs are equal.
         """
         self._set_layers()
-        scales = ScaleKeeper(self.work, self.graph, self.sizes, self.removal)
-        scales.keep()
-        self.done.classes, self.done.scaled = scales.classes, scales.scaled
+        self._scales.keep()
+        self.done.classes, self.done.scaled = self._scales.classes, self._scales.scaled
         self._set_certain()
         args, kwargs = self.program.example_inputs()
         if self._compare(args, kwargs):
@@ -163,9 +163,9 @@ class Settler:
         del before
         values = program_values(self.program, self.program.flatten(*args, **kwargs))
         reads = attribute_reads(self.model, run)
-        rescaled = frozenset(name.rpartition(".")[0] for name in self.done.scaled)
 
         def check() -> Departure | None:
+            rescaled = frozenset(name.rpartition(".")[0] for name in self.done.scaled)
             return first_departure(self.work, run, values, ignore, rescaled)[0]
 
         departure = check()
@@ -192,26 +192,32 @@ class Settler:
             for option, old in undo:
                 assert old is not None
                 set_size(self._modules[option.path], option.name, old)
+        # The sizes may be right and the scale of the scores wrong, where forward derives it from the head width.
+        for path in _and_around(at.path):
+            undo_scale = self._scales.absorb_at(path)
+            if undo_scale is None:
+                continue
+            self.tried.append(f"weights that make up for the scale in {path or '<root>'}")
+            after = check()
+            if after is None or after.calls > at.calls:
+                return after
+            undo_scale()
         raise self._failure(at)
 
     def _options(self, path: str, reads: Reads) -> list[Proposal]:
         """Return other values for what the module at ``path`` and those around it read, the nearest first."""
         out: list[Proposal] = []
-        while True:
-            read = reads.get(path, set())
-            changes = self.sizes.inside(path)
-            original = self._original[path]
-            for name, value in sizes_of(original):
-                if name not in read:
+        for around in _and_around(path):
+            changes = self.sizes.inside(around)
+            for name, value in sizes_of(self._original[around]):
+                if name not in reads.get(around, ()):
                     continue
-                current = get_size(self._modules[path], name)
-                found = [p for p in proposals(path, name, value, changes) if p.value != current]
+                current = get_size(self._modules[around], name)
+                found = [p for p in proposals(around, name, value, changes) if p.value != current]
                 if current != value and all(p.value != value for p in found):
-                    found.append(Proposal(path, name, value, False))
+                    found.append(Proposal(around, name, value, False))
                 out += found
-            if not path:
-                return out
-            path = path.rpartition(".")[0]
+        return out
 
     def _failure(self, at: Departure) -> WriteBackError:
         tried = f"; tried {'; '.join(self.tried[:8])}" if self.tried else ""
@@ -228,9 +234,16 @@ class Settler:
         for change in changes:
             if change.role in (HEAD_DIM, VALUE_DIM) and change.role not in widths:
                 widths[change.role] = change
-        if len(widths) == 2 and widths[HEAD_DIM].new != widths[VALUE_DIM].new:
+        one_for_both = any(ROLES.get(name, ("",))[0] == HEAD_DIM for name, _ in sizes_of(self._original[path]))
+        if one_for_both and len(widths) == 2 and widths[HEAD_DIM].new != widths[VALUE_DIM].new:
             return (
                 f"Its heads keep {widths[HEAD_DIM].new} query and key dimensions and {widths[VALUE_DIM].new} value "
                 "dimensions, and its class has one width for both; remove as many of either"
             )
         return "Leave this module's groups out of the removal, or use the program itself (`program.module()`)"
+
+
+def _and_around(path: str) -> list[str]:
+    """Return ``path`` and the modules around it, the innermost first."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]

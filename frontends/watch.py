@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from ..graph.program import Program
-from .attributes import config_of
+from .attributes import config_of, sizes_of
 from .fixture import quiet, tensors_of
 
 # Two values are taken for the same when their moments agree this well, relative to the norm.
@@ -32,6 +32,8 @@ def share(model: nn.Module) -> nn.Module:
 def attribute_reads(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, set[str]]:
     """Return the names that each module's forward looked up on the module, ``config.x`` for its configuration.
 
+    Of an object whose look-ups cannot be followed (its class has a fixed layout), every size counts as looked up.
+
     Args:
         model: Is not changed: a copy of its module objects, of classes that keep a log, is run instead.
         run: Calls the module with example inputs.
@@ -39,6 +41,7 @@ def attribute_reads(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[s
     spied = share(model)
     logs: dict[int, set[str]] = {}
     classes: dict[type, type] = {}
+    opaque: set[int] = set()
     configs = {id(c): c for m in spied.modules() if (c := config_of(m)) is not None}
     for target in (*spied.modules(), *configs.values()):
         kind = type(target)
@@ -47,8 +50,7 @@ def attribute_reads(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[s
         try:
             target.__class__ = classes[kind]
         except TypeError:
-            continue  # a class of fixed layout, such as a scripted module's: nothing of it is known to be read
-    logs.clear()
+            opaque.add(id(target))
     with quiet(spied):
         logs.clear()
         run(spied)
@@ -56,7 +58,10 @@ def attribute_reads(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[s
     for path, module in spied.named_modules(remove_duplicate=False):
         config = config_of(module)
         entries = {f"config.{name}" for name in logs.get(id(config), ())} if config is not None else set()
-        found[path] = logs.get(id(module), set()) | entries
+        unknown = {
+            name for name, _value in sizes_of(module) if id(config if name.startswith("config.") else module) in opaque
+        }
+        found[path] = logs.get(id(module), set()) | entries | unknown
     return found
 
 
