@@ -53,11 +53,14 @@ class Context:
     Attributes:
         loss: Calibration loss: ``loss(program, batch)`` returns a scalar tensor; it calls the program like the model.
         batches: Calibration batches, each passed to ``loss`` as it is.
+        split: Takes a batch apart into samples, for criteria that need one gradient per sample (``hessian``); each
+            is passed to ``loss``. Without it every batch counts as one sample.
         progress: Called with ``(what, done, total)`` during long work.
     """
 
     loss: Loss | None = None
     batches: Sequence[Any] = ()
+    split: Callable[[Any], Sequence[Any]] | None = None
     progress: Progress | None = None
     _cache: dict[Callable[[Program], Any], tuple[int, Program, Any]] = field(default_factory=dict, repr=False)
 

@@ -1,0 +1,197 @@
+"""Criteria: how much each slice of the members of a coupling group matters, before members are combined.
+
+A criterion gives one score vector per member it can judge; an empty list means that it can judge none of them. The
+formulas follow docs/methods/depgraph.md. `importance` puts criteria, reductions and normalisers together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph.groups import CouplingGroup, Member
+from ..graph.program import Program, get_tensor
+from .slices import gathered, power_sums, slice_rows, slice_sums, wide
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What criteria read, by tensor name.
+
+    Attributes:
+        tensors: Parameters and buffers.
+        gradients: Calibration gradients, summed over the samples; for the criteria in `NEEDS_GRADIENTS`.
+        squared_gradients: Means over the samples of the squared gradients; for those in `NEEDS_SQUARED_GRADIENTS`.
+        layer_outputs: ``(weight name, dimension)`` of what convolutions and linear layers produce; for ``fpgm``.
+        batch_norm_scales: Names of the batch norms' weights; for ``bn-scale``.
+        seed: For ``random``.
+    """
+
+    tensors: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    layer_outputs: frozenset[tuple[str, int]] = frozenset()
+    batch_norm_scales: frozenset[str] = frozenset()
+    seed: int = 0
+    _powers: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def weight(self, member: Member) -> Tensor:
+        """Return a member's tensor, detached, in at least float32."""
+        return wide(self.tensors[member.name].detach())
+
+    def powers(self, name: str, p: int) -> tuple[Tensor, ...]:
+        """Return `power_sums` of the tensor ``name``, computed once: it is a member of a group in every dimension."""
+        if (name, p) not in self._powers:
+            self._powers[name, p] = power_sums(self.tensors[name], p)
+        return self._powers[name, p]
+
+
+Criterion = Callable[[Scoring, CouplingGroup, Sequence[Member]], list[Tensor]]
+
+
+def magnitude(p: int) -> Criterion:
+    """Score a slice by the sum of ``|w| ** p``, without a root (Pruning Filters for Efficient ConvNets, 1608.08710)."""
+
+    def score(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+        return [gathered(scoring.powers(m.name, p)[m.dim], m) for m in members]
+
+    return score
+
+
+def random(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score by uniform random numbers, the same for the same seed and group."""
+    generator = torch.Generator().manual_seed((scoring.seed * 1_000_003 + _stable_hash(group.name)) % (1 << 63))
+    return [torch.rand(group.size, generator=generator)]
+
+
+def _stable_hash(text: str) -> int:
+    # The built-in hash of a string differs from process to process.
+    value = 0
+    for char in text:
+        value = (value * 131 + ord(char)) % (1 << 61)
+    return value
+
+
+def taylor(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score a slice by ``sum |w * dL/dw|``: first-order change of the loss, element by element (1906.10771)."""
+    found = [m for m in members if m.name in scoring.gradients]
+    return [slice_sums((scoring.weight(m) * scoring.gradients[m.name]).abs(), m) for m in found]
+
+
+def taylor_multivariable(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score a slice by ``|sum w * dL/dw|``: the loss change of removing the slice as a whole."""
+    found = [m for m in members if m.name in scoring.gradients]
+    return [slice_sums(scoring.weight(m) * scoring.gradients[m.name], m).abs() for m in found]
+
+
+def hessian(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score a slice by ``sum w**2 * h`` with ``h`` the mean over samples of ``(dL_i/dw)**2``.
+
+    ``h`` is the Fisher estimate of the diagonal of the Hessian in Optimal Brain Damage (LeCun et al., 1989). It needs
+    one gradient per sample: the square of a batch's gradient is not the mean of the squares.
+    """
+    found = [m for m in members if m.name in scoring.squared_gradients]
+    return [slice_sums(scoring.weight(m) ** 2 * scoring.squared_gradients[m.name], m) for m in found]
+
+
+def fpgm(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score an output slice by the sum of its distances to the others, ``sum_j ||w_k - w_j||_2``.
+
+    A filter near the geometric median of its layer can be replaced by the others. Only what convolutions and linear
+    layers produce is judged (Filter Pruning via Geometric Median, 1811.00250).
+    """
+    scores = []
+    for member in members:
+        if (member.name, member.dim) in scoring.layer_outputs:
+            # In float64, since the fast form of the distance subtracts numbers that are nearly equal.
+            rows = slice_rows(scoring.weight(member).double(), member)
+            scores.append(torch.cdist(rows, rows).sum(1))
+    return scores
+
+
+def bn_scale(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score an index by ``|gamma|`` of the batch norms it passes through (Network Slimming, 1708.06519)."""
+    return [slice_sums(scoring.weight(m).abs(), m) for m in members if m.name in scoring.batch_norm_scales]
+
+
+CRITERIA: dict[str, Criterion] = {
+    "bn-scale": bn_scale,
+    "fpgm": fpgm,
+    "hessian": hessian,
+    "magnitude-l1": magnitude(1),
+    "magnitude-l2": magnitude(2),
+    "random": random,
+    "taylor": taylor,
+    "taylor-multivariable": taylor_multivariable,
+}
+NEEDS_GRADIENTS = frozenset({"hessian", "taylor", "taylor-multivariable"})
+NEEDS_SQUARED_GRADIENTS = frozenset({"hessian"})
+
+# What it means when a criterion judges no member of a group.
+UNJUDGED = {
+    "bn-scale": "no batch norm with a weight carries it",
+    "fpgm": "no weight of a convolution or linear layer produces it",
+}
+
+
+# ---------------------------------------------------------------------- what weights are to the layers that read them
+
+
+def layer_outputs(program: Program) -> frozenset[tuple[str, int]]:
+    """Return ``(weight name, dimension)`` of what convolutions, linear layers and products with a parameter produce.
+
+    Weights that are computed (weight normalisation) are not listed: no parameter of theirs is the layer's weight.
+    """
+    found = set()
+    for node, name in _calls(program):
+        for index, dim in _WEIGHTS.get(name, {}).items():
+            weight = node.args[index] if len(node.args) > index else None
+            if not isinstance(weight, Node) or weight.op != "get_attr" or weight.meta["val"].dim() < 2:
+                continue
+            if name == "convolution" and node.args[6]:
+                dim = 1
+            found.add((_first_name(program, str(weight.target)), dim % weight.meta["val"].dim()))
+    return frozenset(found)
+
+
+def batch_norm_scales(program: Program) -> frozenset[str]:
+    """Return the names of the weights of all batch norms."""
+    norms = (node for node, name in _calls(program) if name.endswith("batch_norm") and len(node.args) > 1)
+    weights = (node.args[1] for node in norms)
+    return frozenset(_first_name(program, str(w.target)) for w in weights if isinstance(w, Node) and w.op == "get_attr")
+
+
+# Operator name to position of the weight among its arguments to the dimension that the result's features come from.
+_WEIGHTS: dict[str, dict[int, int]] = {
+    **{name: {1: 0} for name in ("linear", "conv1d", "conv2d", "conv3d", "convolution")},
+    **{name: {1: 1} for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")},
+    **{name: {1: -1} for name in ("matmul", "mm")},
+    "addmm": {2: -1},
+}
+
+
+def _calls(program: Program) -> list[tuple[Node, str]]:
+    calls = (n for n in program.nodes if n.op == "call_function" and hasattr(n.target, "_schema"))
+    return [(n, n.target._schema.name.removeprefix("aten::")) for n in calls]  # pyright: ignore
+
+
+def _first_name(program: Program, name: str) -> str:
+    """Return the name under which the coupling analysis lists a tensor: the first of a tied one."""
+    tensor = get_tensor(program.graph_module, name)
+    return next(known for known, value in program.tensors().items() if value is tensor)
+
+
+__all__ = [
+    "CRITERIA",
+    "NEEDS_GRADIENTS",
+    "NEEDS_SQUARED_GRADIENTS",
+    "UNJUDGED",
+    "Criterion",
+    "Scoring",
+    "batch_norm_scales",
+    "layer_outputs",
+]
