@@ -40,6 +40,8 @@ _FAMILIES = (
 # Rules of ATen operators by the operator's name without overload and without the underscore of in-place forms.
 ATEN: dict[str, AxesRule] = {name: rule for family in _FAMILIES for name, rule in family.RULES.items()}
 
+_BY_OVERLOAD = {**shape.RULES_BY_OVERLOAD, **creation.RULES_BY_OVERLOAD}
+
 _foreign: dict[Any, AxesRule] = {}
 _found: dict[Any, AxesRule | None] = {}
 _POINTWISE = AxesRule(elementwise.broadcast)
@@ -93,14 +95,14 @@ def _look_up(target: Any) -> AxesRule | None:
     name = target._schema.name.split("::")[1]
     if name not in ATEN and name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
-    rule = shape.RULES_BY_OVERLOAD.get(str(target)) or ATEN.get(name)
+    rule = _BY_OVERLOAD.get(str(target)) or ATEN.get(name)
     if rule is None and torch.Tag.pointwise in target.tags:
         rule = _POINTWISE
     return rule and AxesRule(_positional(rule.axes), rule.resize)
 
 
 def _positional(axes: Callable[[Analysis, Node], Value]) -> Callable[[Analysis, Node], Value]:
-    """Move arguments given by name (as only hand-made nodes have them) to their positions, where the rules read them."""
+    """Move arguments given by name, as only hand-made nodes have them, to their positions, where rules read them."""
 
     def positional(an: Analysis, node: Node) -> Value:
         if node.kwargs:

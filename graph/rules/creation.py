@@ -9,6 +9,7 @@ from torch.fx import Node
 from .base import Analysis, AxesRule, Dims, Value, resize_shape
 from .elementwise import DRAWN
 
+BY_VALUE = "counted or picked by value"
 POSITIONS = "values made from positions"
 
 
@@ -43,6 +44,8 @@ def frozen(reason: str) -> Callable[[Analysis, Node], Value]:
     return axes
 
 
+RULES_BY_OVERLOAD: dict[str, AxesRule] = {"aten.where.default": AxesRule(frozen(BY_VALUE))}
+
 _BY_VALUE = (
     "histc bincount nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim searchsorted bucketize"
 )
@@ -57,5 +60,5 @@ RULES: dict[str, AxesRule] = {
     **{name: AxesRule(random) for name in ("rand", "randn", "randint", "randperm", "normal_functional")},
     "meshgrid": AxesRule(frozen("positions")),
     "one_hot": AxesRule(frozen("classes")),
-    **{name: AxesRule(frozen("counted or picked by value")) for name in _BY_VALUE.split()},
+    **{name: AxesRule(frozen(BY_VALUE)) for name in _BY_VALUE.split()},
 }

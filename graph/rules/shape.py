@@ -465,7 +465,10 @@ RULES: dict[str, AxesRule] = {
     "repeat": AxesRule(repeat, resize_repeat),
     "tile": AxesRule(repeat, resize_repeat),
     "repeat_interleave": AxesRule(repeat_interleave, resize_repeat_interleave),
-    **{name: AxesRule(transpose) for name in ("transpose", "t", "mT", "swapaxes", "swapdims", "adjoint", "mH")},
+    **{
+        name: AxesRule(transpose)
+        for name in ("transpose", "t", "mT", "swapaxes", "swapdims", "adjoint", "mH", "matrix_H")
+    },
     "numpy_T": AxesRule(numpy_t),
     "permute": AxesRule(permute),
     "movedim": AxesRule(movedim),

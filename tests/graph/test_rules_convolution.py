@@ -55,7 +55,7 @@ def transposed_convolution(d: Draw) -> Call:
     return call(TRANSPOSED[rank - 1], x, weight, bias, *(args if groups > 1 or d.flag() else ()), expect=words)
 
 
-@table("convolution _convolution convolution_overrideable")
+@table("convolution _convolution")
 def convolution_with_all_arguments(d: Draw) -> Call:
     rank, (groups, cin, cout), transposed = d.int(1, 2), channels(d), d.flag()
     x, weight, bias, words = operands(d, rank, groups, cin, cout, transposed)

@@ -72,11 +72,13 @@ def grids_and_classes_freeze(d: Draw) -> Call:
 
 
 @table(
-    "histc bincount nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim searchsorted bucketize"
+    "histc bincount nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim searchsorted "
+    "bucketize where"
 )
 def what_is_counted_or_picked_by_value_freezes(d: Draw) -> Call:
     x, grid = d.ids(3, 4), d.ids(5)
     return d.pick(
+        call(aten.where.default, x > 2, expect="!!", out="! !"),
         call(aten.histc.default, x, 4, expect="!!", out="!"),
         call(aten.bincount.default, d.integers(4, 6), expect="!", out="!"),
         call(aten.nonzero.default, x, expect="!!", out="!!"),

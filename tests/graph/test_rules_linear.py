@@ -47,7 +47,7 @@ def matmul_of_all_ranks(d: Draw) -> Call:
     return call(aten.matmul.default, d.tensor(*left), operand(d, weight, *right), expect=" ".join(words))
 
 
-@table("mm bmm mv dot")
+@table("mm bmm mv dot vdot")
 def products_of_fixed_rank(d: Draw) -> Call:
     b, n, k, m = (d.size() for _ in range(4))
     weight = d.flag()
@@ -56,7 +56,7 @@ def products_of_fixed_rank(d: Draw) -> Call:
         call(aten.mm.default, d.tensor(n, k), operand(d, weight, k, m), expect=f"f{s} {s}f"),
         call(aten.bmm.default, d.tensor(b, n, k), operand(d, weight, b, k, m), expect=f"ff{s} f{s}f"),
         call(aten.mv.default, d.tensor(n, k), operand(d, weight, k), expect=f"f{s} {s}"),
-        call(aten.dot.default, d.tensor(k), operand(d, weight, k), expect=f"{s} {s}"),
+        call(d.pick(aten.dot.default, aten.vdot.default), d.tensor(k), operand(d, weight, k), expect=f"{s} {s}"),
     )
 
 

@@ -139,7 +139,7 @@ def swap_two_dimensions(d: Draw) -> Call:
     return call(d.pick(*ops), x, d.dim(x.dim()), d.dim(x.dim()), expect="f" * x.dim())
 
 
-@table("t mT adjoint mH numpy_T")
+@table("t mT adjoint mH matrix_H numpy_T")
 def swap_the_last_two_or_reverse(d: Draw) -> Call:
     flat = d.flag()
     x = d.ids(*d.shape(0, 2)) if flat else d.ids(*d.shape(2, 4))
@@ -148,6 +148,8 @@ def swap_the_last_two_or_reverse(d: Draw) -> Call:
         if flat
         else (aten.mT.default, aten.adjoint.default, aten.mH.default, aten.numpy_T.default)
     )
+    if x.dim() == 2:
+        ops = (*ops, aten.matrix_H.default)
     return call(d.pick(*ops), x, expect="f" * x.dim() or "-")
 
 
