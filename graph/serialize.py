@@ -114,18 +114,24 @@ def write(
         ArtifactError: A tensor has a dtype that safetensors lacks.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     body = json.dumps({"torch": torch.__version__, **document}, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(body.encode()).hexdigest()
     head = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": digest})
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-        for name, group in tensors.items():
-            # The digest ties the files together: weights of one save next to the graph of another are refused.
-            _write_tensors(Path(scratch, name), group, {"program": digest})
-        text = f'{head[:-1]}, "program": {body}}}\n'
-        Path(scratch, GRAPH_FILE).write_text(text, encoding="utf-8")
-        for name in (*tensors, GRAPH_FILE):
-            os.replace(Path(scratch, name), folder / name)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+            for name, group in tensors.items():
+                # The digest ties the files together: weights of one save next to the graph of another are refused.
+                _write_tensors(Path(scratch, name), group, {"program": digest})
+            text = f'{head[:-1]}, "program": {body}}}\n'
+            Path(scratch, GRAPH_FILE).write_text(text, encoding="utf-8")
+            for name in (*tensors, GRAPH_FILE):
+                os.replace(Path(scratch, name), folder / name)
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def read(folder: Path) -> tuple[dict[str, Any], str]:

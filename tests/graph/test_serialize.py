@@ -67,6 +67,9 @@ class Branching(nn.Module):
 class Spectral(nn.Module):
     """A complex buffer, a buffer that is not persistent, a slice, infinities and an index by a constant table."""
 
+    turns: Tensor
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("turns", torch.polar(torch.ones(3), torch.arange(3.0)), persistent=False)
@@ -291,10 +294,14 @@ def test_program_on_meta_is_saved_by_shape_alone(tmp_path: Path) -> None:
 
 
 def test_unusual_strides_are_kept(tmp_path: Path) -> None:
-    model = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    class Wide(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + self.get_buffer("wide")
+
+    model = Wide(4, 6, 3)
+    model.weight = nn.Parameter(model.weight.detach().contiguous(memory_format=torch.channels_last))
     model.register_buffer("wide", torch.ones(1, 1, 1).expand(6, 4, 4))
-    model.forward = lambda x: model._conv_forward(x, model.weight, model.bias) + model.wide  # type: ignore[method-assign]
-    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
     program = capture(model, (x,))
     save_program(program, tmp_path)
     loaded = load_program(tmp_path)
