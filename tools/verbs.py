@@ -17,8 +17,7 @@ from ..graph.serialize import load_program
 from ..passes import registry
 from ..passes.base import Pipeline
 from ..passes.options import options
-from . import render
-from .artifacts import export_onnx, export_torchscript
+from . import artifacts, render
 from .calibration import context_of
 from .facts import cost_facts, frozen_facts, group_facts, input_facts
 from .recipe import from_data, load_recipe
@@ -134,9 +133,9 @@ def export(source: str, out: Path, kind: str, opset: int | None, fp16: bool, as_
         raise typer.BadParameter("--opset and --fp16 are for ONNX")
     program = program_of(source)
     if kind == "onnx":
-        manifest = export_onnx(program, out, OnnxExport(opset=opset, fp16=fp16), Check())
+        manifest = artifacts.export_onnx(program, out, OnnxExport(opset=opset, fp16=fp16), Check())
     else:
-        manifest = export_torchscript(program, out, Check())
+        manifest = artifacts.export_torchscript(program, out, Check())
     if as_json:
         print_json(manifest)
         return

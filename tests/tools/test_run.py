@@ -82,7 +82,7 @@ def test_the_exported_file_computes_what_the_saved_program_does(whole: Outcome) 
     (got,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
     assert np.abs(expected).max() > 0.05
     # float32, sums of at most 54 products each
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5)
 
 
 def test_a_second_run_does_no_work(whole: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
