@@ -78,10 +78,11 @@ def _carried(graph: DepGraph) -> set[Axis]:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.name.removeprefix("aten::").startswith(_LAYERS):
             continue
-        for weight in node.all_input_nodes:
-            if weight in an.weights:
-                features = an.of(weight)[1:] if schema.name == "aten::embedding" else an.of(weight)[:2]
-                out.update(leaf for axis in features for leaf in leaves(axis))
+        if schema.name == "aten::embedding":
+            features = an.of(node.args[0])[1:]  # positions that are looked up may be constants too, and are no features
+        else:
+            features = [axis for n in node.all_input_nodes if n in an.weights for axis in an.of(n)[:2]]
+        out.update(leaf for axis in features for leaf in leaves(axis))
     return out
 
 
