@@ -1,0 +1,90 @@
+"""Half precision: a verified float32 ONNX file converted to float16, except where float16 loses the result."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+# Sums of squares overflow at 65504, and a softmax over many entries loses the small ones.
+BLOCKED_OPERATORS = (
+    "LayerNormalization",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "BatchNormalization",
+    "LpNormalization",
+    "Softmax",
+    "LogSoftmax",
+    # the parts of a norm that the exporter did not recognise
+    "Pow",
+    "ReduceMean",
+    "ReduceSum",
+    "ReduceSumSquare",
+    "ReduceL2",
+    "Sqrt",
+    "Reciprocal",
+    # ONNX Runtime 1.32 crashes when it loads these in float16 on the CPU
+    "LSTM",
+    "GRU",
+    "RNN",
+)
+
+# Position times frequency: at 1000 a float16 has steps of 0.5, and a sine needs its argument to a fraction of that.
+_PERIODIC = ("Sin", "Cos")
+_ARGUMENT_OPERATORS = frozenset(
+    "Cast Mul Div Add Sub Neg Exp Pow Unsqueeze Squeeze Reshape Expand Concat Transpose Slice Identity Range "
+    "MatMul Tile Gather Where".split()
+)
+
+
+def convert_to_float16(source: Path, target: Path) -> int:
+    """Write the float32 ONNX file ``source`` as ``target`` with float16 weights and arithmetic; return the node count.
+
+    Inputs and outputs keep their types. Norms, softmax, and what computes the argument of a sine or cosine (time and
+    position embeddings) stay float32.
+
+    Args:
+        source: With external data beside it.
+        target: In another folder; its external data lie beside it as ``<name>.data``.
+    """
+    import onnx
+    import onnx_ir
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    model = onnx.load(source)
+    converted = convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        disable_shape_infer=True,  # every value has its type; inference would serialise the weights, 2 GB at most
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *BLOCKED_OPERATORS],
+        node_block_list=sorted(periodic_arguments(model.graph)),
+    )
+    # The converter appends its casts at the end.
+    model = onnx_ir.from_proto(converted)
+    model.graph.sort()
+    onnx_ir.save(model, target, external_data=f"{target.name}.data")
+    return len(converted.graph.node)
+
+
+def periodic_arguments(graph: Any) -> set[str]:
+    """Return the names of the sine and cosine nodes of an ``onnx.GraphProto`` and of what computes their arguments.
+
+    The walk back ends at convolutions, norms, activations and multiplications by a weight matrix: those are the
+    network, not an embedding.
+    """
+    producer = {output: node for node in graph.node for output in node.output}
+    matrices = {tensor.name for tensor in graph.initializer if sum(size > 1 for size in tensor.dims) > 1}
+    queue = deque(node for node in graph.node if node.op_type in _PERIODIC)
+    found = {node.name for node in queue}
+    while queue:
+        for name in queue.popleft().input:
+            node = producer.get(name)
+            if node is None or node.name in found or node.op_type not in _ARGUMENT_OPERATORS:
+                continue
+            if node.op_type == "MatMul" and any(value in matrices for value in node.input):
+                continue
+            found.add(node.name)
+            queue.append(node)
+    return found
