@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -141,13 +141,23 @@ def _attention(node: Node) -> int:
 
 
 def _einsum(node: Node) -> int:
-    equation = str(node.args[0]).replace(" ", "").split("->")[0]
+    """Every combination of the letters is one product; an ellipsis stands for the dimensions that no letter names."""
+    terms = str(node.args[0]).replace(" ", "").split("->")[0].split(",")
     letters: dict[str, int] = {}
-    for term, operand in zip(equation.split(","), node.args[1], strict=True):  # type: ignore[arg-type]
-        if "." in term:
-            return math.prod(_shape(node))
-        letters.update(zip(term, _shape(operand), strict=True))
-    return math.prod(letters.values())
+    batch: tuple[int, ...] = ()
+    for term, operand in zip(terms, node.args[1], strict=True):  # type: ignore[arg-type]
+        shape = _shape(operand)
+        before, dots, after = term.partition("...")
+        unnamed = shape[len(before) : len(shape) - len(after)] if dots else []
+        batch = torch.broadcast_shapes(batch, unnamed)
+        named = shape[: len(before)] + shape[len(shape) - len(after) :] if dots else shape
+        for letter, size in zip(before + after, named, strict=True):
+            letters[letter] = max(letters.get(letter, 1), size)
+    return math.prod(letters.values()) * math.prod(batch)
+
+
+def _bilinear(node: Node) -> int:
+    return math.prod(_shape(node)) * math.prod(_shape(node.args[2])[1:])
 
 
 def _recurrent(node: Node) -> int:
@@ -159,13 +169,14 @@ def _recurrent(node: Node) -> int:
 
 _COUNTERS: dict[str, Callable[[Node], int]] = {
     "linear": _linear,
-    **{name: _matmul for name in ("matmul", "mm", "bmm", "mv", "dot")},
+    **{name: _matmul for name in ("matmul", "mm", "bmm", "mv", "dot", "_grouped_mm")},
     "addmm": _addmm,
     "baddbmm": _addmm,
     **{name: _convolution for name in ("conv1d", "conv2d", "conv3d", "convolution", "_convolution")},
     **{name: _convolution for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")},
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
+    "bilinear": _bilinear,
     **{name: _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
 }
 
