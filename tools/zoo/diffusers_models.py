@@ -40,7 +40,8 @@ def unet2d(scalar: bool = False, **more: Any) -> Callable[[], Case]:
                       up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
         model = make("UNet2DModel", **(values | more))
         dyn = torch.export.Dim.DYNAMIC
-        return case(model, lambda b: {"sample": image(b, 3, 8, 8), "timestep": torch.tensor(17) if scalar else steps(b)},
+        time = (lambda b: torch.tensor(17)) if scalar else steps
+        return case(model, lambda b: {"sample": image(b, 3, 8, 8), "timestep": time(b)},
                     dynamic={"sample": {0: dyn}, "timestep": None} if scalar else None, seed=3)
     return build
 

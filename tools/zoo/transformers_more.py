@@ -99,7 +99,8 @@ def xlnet() -> Case:
     """XLNet: relative positions with per-head biases, weights stored (width, heads, head size)."""
     model = make("XLNetForSequenceClassification", "XLNetConfig", vocab_size=VOCAB, d_model=48, n_layer=2, n_head=6,
                  d_inner=56, num_labels=5, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return case(model, lambda b: {"input_ids": tokens(b, 9, VOCAB), "token_type_ids": torch.arange(9).expand(b, 9) // 5})
+    return case(model, lambda b: {"input_ids": tokens(b, 9, VOCAB),
+                                  "token_type_ids": torch.arange(9).expand(b, 9) // 5})
 
 
 ENTRIES: list[Entry] = [
