@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 
 from .axes import Axis, factors, find, leaves
@@ -21,7 +23,7 @@ from .errors import PreconditionError
 from .program import Program, get_tensor, set_tensor
 from .rules import Resizer, rule_for
 from .rules.base import is_tensor
-from .verify import fake_mode, verify
+from .verify import fake_mode, fake_tensor, verify
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class TensorCut:
 
     kept: tuple[int, ...]
     of: int
+
+    @cached_property
+    def index(self) -> Tensor:
+        """``kept`` as a tensor, int64 on the CPU."""
+        return torch.tensor(self.kept, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -104,16 +111,23 @@ def _unrun(runs: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 def cut_tensor(name: str, tensor: Tensor, dims: Mapping[int, TensorCut]) -> Tensor:
     """Return ``tensor`` with only the kept indices, always in memory of its own; a parameter stays one."""
-    out = tensor.detach()
     for dim, cut in dims.items():
         if tensor.shape[dim] != cut.of:
             raise PreconditionError(
                 f"'{name}' has size {tensor.shape[dim]} in dimension {dim}, the record was made for {cut.of}; "
                 "use the checkpoint the removal was planned on"
             )
-        out = out.index_select(dim, torch.tensor(cut.kept, device=tensor.device))
     if not dims:
         return tensor
+    out = tensor.detach()
+    if {0, 1} <= dims.keys() and out.dim() > 2 and out.is_contiguous():
+        # Both at once, so that there is no copy that only one of them has cut.
+        index = (dims[0].index[:, None] * dims[1].of + dims[1].index).flatten().to(out.device)
+        kept = len(dims[0].kept), len(dims[1].kept)
+        out = out.flatten(0, 1).index_select(0, index).unflatten(0, kept)
+        dims = {d: cut for d, cut in dims.items() if d > 1}
+    for dim, cut in dims.items():
+        out = out.index_select(dim, cut.index.to(out.device))
     return nn.Parameter(out, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else out
 
 
@@ -209,16 +223,20 @@ class _OnCopy(Resizer):
 def _cut_tensors(graph: DepGraph, rz: Resizer, work: Program) -> dict[str, dict[int, TensorCut]]:
     gm = work.graph_module
     made: dict[int, Tensor] = {}
+    cut_of: dict[Axis, TensorCut] = {}
     record: dict[str, dict[int, TensorCut]] = {}
     for node in graph.program.nodes:
         dims = graph.analysis.dims.get(node)
         if node.op != "get_attr" or not dims or str(node.target) in record:
             continue
-        cuts = {
-            d: TensorCut(tuple(k.tolist()), int(axis.size))
-            for d, axis in enumerate(dims)
-            if (k := rz.kept(axis)) is not None
-        }
+        cuts = {}
+        for d, axis in enumerate(map(find, dims)):
+            kept = rz.kept(axis)
+            if kept is None:
+                continue
+            if axis not in cut_of:
+                cut_of[axis] = TensorCut(tuple(kept.tolist()), int(axis.size))
+            cuts[d] = cut_of[axis]
         if not cuts:
             continue
         name = str(node.target)
@@ -234,23 +252,22 @@ def _cut_tensors(graph: DepGraph, rz: Resizer, work: Program) -> dict[str, dict[
 def _record_shapes(rz: Resizer, new_of: Mapping[Node, Node], work: Program) -> None:
     """Record in each node's ``val`` the shape that its axes say; the verifier compares it with what the operator gives."""
     mode = fake_mode(work.graph_module)
-    with mode:
-        for node, twin in new_of.items():
-            twin.meta["val"] = _reshaped(rz, rz.analysis.dims.get(node), node.meta.get("val"))
+    for node, twin in new_of.items():
+        twin.meta["val"] = _reshaped(rz, rz.analysis.dims.get(node), node.meta.get("val"), mode)
 
 
-def _reshaped(rz: Resizer, dims: Any, value: Any) -> Any:
+def _reshaped(rz: Resizer, dims: Any, value: Any, mode: FakeTensorMode) -> Any:
     if not dims:
         return value
     if isinstance(value, (tuple, list)):
-        return type(value)(_reshaped(rz, d, v) for d, v in zip(dims, value, strict=True))
+        return type(value)(_reshaped(rz, d, v, mode) for d, v in zip(dims, value, strict=True))
     if not is_tensor(value) or not any(rz.changed(axis) for axis in dims):
         return value
     if any(not isinstance(size, int) and rz.changed(axis) for size, axis in zip(value.shape, dims, strict=True)):
         shape = [_new_size(rz, axis, size) for axis, size in zip(dims, value.shape, strict=True)]
     else:
         shape = [rz.size(axis) if rz.changed(axis) else size for axis, size in zip(dims, value.shape, strict=True)]
-    return torch.empty(shape, dtype=value.dtype, device=value.device)
+    return fake_tensor(mode, value, shape)
 
 
 def _new_size(rz: Resizer, axis: Axis, size: Any) -> Any:
