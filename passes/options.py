@@ -9,6 +9,7 @@ the dataclass; nothing is written down twice.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,20 +25,51 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a pass: its name, its type and its default as text (None where it must be given)."""
+    """One option of a pass.
+
+    Attributes:
+        name: Of the dataclass field.
+        type: In words.
+        default: In the text form; None where a value must be given.
+        about: What the class says of it under ``Attributes:``, in one line.
+    """
 
     name: str
     type: str
     default: str | None
+    about: str = ""
 
 
 def options(cls: type) -> tuple[Option, ...]:
     """Return the options of a pass (or of any dataclass) in the order of their declaration."""
-    hints = get_type_hints(cls)
+    hints, about = get_type_hints(cls), _attributes(cls)
     return tuple(
-        Option(f.name, type_text(hints[f.name]), None if default_of(f) is MISSING else show_value(default_of(f)))
+        Option(
+            f.name,
+            type_text(hints[f.name]),
+            None if default_of(f) is MISSING else show_value(default_of(f)),
+            about.get(f.name, ""),
+        )
         for f in fields(cls)
+        if f.init
     )
+
+
+def _attributes(cls: type) -> dict[str, str]:
+    """Return what a google docstring says under ``Attributes:``, by name."""
+    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith("    "):
+            break  # the next section
+        entry = re.match(r"    (\w+): (.*)", line)
+        if entry:
+            name = entry.group(1)
+            found[name] = entry.group(2)
+        elif name:
+            found[name] = f"{found[name]} {line.strip()}".strip()
+    return found
 
 
 def make(name: str, values: Mapping[str, Any]) -> Pass:

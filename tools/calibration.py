@@ -12,7 +12,7 @@ from .recipe_schema import Calibration
 
 Progress = Callable[[str, int, int], None]
 
-BUILTIN = {"digits-ddpm": "graphwright.tools.digits:calibration"}
+BUILTIN = {"digits-ddpm": "graphwright.tools.calibration:digits"}
 
 
 def context_of(calibration: Calibration | None, progress: Progress | None = None) -> Context:
@@ -29,13 +29,23 @@ def context_of(calibration: Calibration | None, progress: Progress | None = None
         made = factory(**calibration.options)
     except (TypeError, ValueError) as err:
         raise PreconditionError(f"calibration {calibration.factory} refuses its options: {err}") from err
-    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not callable(made[0]):
         raise PreconditionError(
-            f"calibration {calibration.factory} must return (loss, batches) with loss(program, batch), "
-            f"got {type(made).__name__}"
+            f"calibration {calibration.factory} must return (loss, batches) with loss(program, batch), or "
+            f"(loss, batches, split), got {type(made).__name__}"
         )
-    loss, batches = made
-    return Context(loss=loss, batches=list(batches), progress=progress)
+    loss, batches, split = made if len(made) == 3 else (*made, None)
+    return Context(loss=loss, batches=list(batches), split=split, progress=progress)
+
+
+def digits(**options: Any) -> tuple[Any, ...]:
+    """Return the calibration of ``builtin:digits-ddpm``: noisy digits, and how to take a batch of them apart."""
+    from .digits import NoisyBatch, calibration
+
+    def split(batch: NoisyBatch) -> list[NoisyBatch]:
+        return [NoisyBatch(*(part[i : i + 1] for part in batch)) for i in range(len(batch.sample))]
+
+    return (*calibration(**options), split)
 
 
 def find_factory(path: str, what: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ progress and errors to standard error. Everything heavy is imported inside the v
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -91,9 +92,10 @@ def shared(
 ) -> None:
     """Compress and accelerate PyTorch models on one graph."""
     ctx.obj = Shared(quiet, verbose)
-    import logging
-
-    logging.getLogger("graphwright").setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
+    logger = logging.getLogger("graphwright")
+    logger.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
+    # Without a handler Python prints warnings by itself, and nothing below them.
+    logger.handlers = [logging.StreamHandler()] if verbose else []
 
 
 @app.command()
@@ -101,9 +103,7 @@ def run(
     ctx: typer.Context,
     recipe: Annotated[
         str,
-        typer.Argument(
-            metavar="RECIPE", help="A YAML file, the name of a shipped recipe, or with --pass a model."
-        ),
+        typer.Argument(metavar="RECIPE", help="A YAML file, the name of a shipped recipe, or with --pass a model."),
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Directory of the run; runs/RECIPE if left out.")

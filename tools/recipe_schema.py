@@ -22,12 +22,34 @@ class RecipeError(GraphwrightError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InputTensor:
+    """An example input.
+
+    Attributes:
+        shape: Sizes; at least 2 where a dimension is dynamic.
+        dtype: Floats are normal unless bounds are given; whole numbers need `high`.
+        low: Smallest value.
+        high: Values stay below it, such as the size of a vocabulary.
+        value: Every element, instead of drawing.
+        dynamic: Names of the dimensions that vary.
+    """
+
+    shape: tuple[int, ...] | None = None
+    dtype: str = "float32"
+    low: float | None = None
+    high: float | None = None
+    value: bool | int | float | str | None = None
+    dynamic: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Where gradients come from.
 
     Attributes:
         factory: ``digits-ddpm``, or ``package.module:factory``; called with `options` it returns ``(loss, batches)``,
-            where ``loss(program, batch)`` is a scalar tensor.
+            where ``loss(program, batch)`` is a scalar tensor, or ``(loss, batches, split)``, where ``split(batch)``
+            gives the samples of a batch.
         options: Keyword arguments of the factory.
     """
 
@@ -142,7 +164,7 @@ class Recipe:
         version: Of the recipe format.
         dtype: Convert the model's floating-point tensors, and inputs, to this; null leaves them.
         seed: Of everything random that has no seed of its own.
-        inputs: Example inputs by name, where the model's own do not do.
+        inputs: Example inputs by name, tensors or constants, in place of all of the model's own.
         dynamic: Names of dimensions that may vary, by input and dimension; null is the batch alone.
         calibration: For criteria that need gradients.
         passes: In order.
@@ -157,7 +179,7 @@ class Recipe:
     version: int = VERSION
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     seed: int = 0
-    inputs: Mapping[str, Any] | None = None
+    inputs: Mapping[str, InputTensor | bool | int | float | str | None] | None = None
     dynamic: Mapping[str, Mapping[int, str]] | None = None
     calibration: Calibration | None = None
     passes: tuple[Any, ...] = ()

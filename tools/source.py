@@ -11,9 +11,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..frontends.capture import capture
+from ..frontends.inputs import inputs_from_spec
 from ..graph.program import Program
+from ..passes.options import plain
 from .facts import code_hash, inputs_hash, versions, weights_hash
-from .recipe_schema import Recipe
+from .recipe_schema import InputTensor, Recipe
 
 
 @dataclass
@@ -69,10 +71,23 @@ def load_source(recipe: Recipe) -> Source:
 
     loaded = load_model(recipe.model)
     model, args, kwargs = loaded.model, tuple(loaded.args), dict(loaded.kwargs)
+    dynamic = loaded.dynamic
+    if recipe.inputs is not None:
+        args, kwargs, dynamic = inputs_from_spec(_described(recipe.inputs), seed=recipe.seed)
     if recipe.dtype is not None:
         dtype: torch.dtype = getattr(torch, recipe.dtype)
         model = model.to(dtype)
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: t.to(dtype) if t.dtype.is_floating_point else t, (args, kwargs)
         )
-    return Source(recipe.model, model, args, kwargs, recipe.dynamic if recipe.dynamic is not None else loaded.dynamic)
+    return Source(recipe.model, model, args, kwargs, recipe.dynamic if recipe.dynamic is not None else dynamic)
+
+
+def _described(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a recipe as `inputs_from_spec` takes them: only what was said."""
+    return {
+        name: {key: value for key, value in plain(entry).items() if value is not None and value != {}}
+        if isinstance(entry, InputTensor)
+        else entry
+        for name, entry in inputs.items()
+    }

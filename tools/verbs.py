@@ -158,9 +158,9 @@ def passes(as_json: bool) -> None:
         return
     for name, entry in data.items():
         render.print_lines(f"{name}: {entry['about']}")
-        rows = [[f"  {o['name']}", o["type"], o["default"] or "(required)"] for o in entry["options"]]
+        rows = [[f"  {o['name']}", o["type"], o["default"] or "(required)", o["about"]] for o in entry["options"]]
         if rows:
-            render.print_table("", ["  option", "type", "default"], rows)
+            render.print_table("", ["  option", "type", "default", ""], rows)
 
 
 def doctor(as_json: bool) -> bool:

@@ -90,3 +90,26 @@ def test_defaults_are_listed_as_text() -> None:
     assert (listed["ratio"].type, listed["ratio"].default) == ("a number", "0.5")
     assert (listed["ignore"].type, listed["ignore"].default) == ("a list of text", "[]")
     assert listed["ratios"].type == "a mapping of text to numbers"
+    assert listed["min_width"].about == "No group gets narrower than this."
+    assert all(option.about for option in listed.values())
+
+
+def test_what_a_docstring_says_of_an_option_is_joined_to_one_line() -> None:
+    @dataclass
+    class Told:
+        """Something.
+
+        Attributes:
+            first: One line
+                and another.
+            second: Short: with a colon.
+
+        Note:
+            third: Not an attribute.
+        """
+
+        first: int = 1
+        second: int = 2
+        third: int = 3
+
+    assert [option.about for option in options(Told)] == ["One line and another.", "Short: with a colon.", ""]

@@ -15,8 +15,9 @@ import torch
 from graphwright.graph.errors import ArtifactError, GraphwrightError
 from graphwright.graph.serialize import load_program
 from graphwright.tools import artifacts
+from graphwright.tools.calibration import context_of
 from graphwright.tools.recipe import read_recipe
-from graphwright.tools.recipe_schema import Recipe
+from graphwright.tools.recipe_schema import Calibration, Recipe
 from graphwright.tools.run import Outcome, Runner, seeded
 from graphwright.tools.run_dir import RunDirectory, RunError, hash_of
 
@@ -221,6 +222,38 @@ def test_a_wrong_calibration_is_refused(factory: str, message: str, tiny: Write,
     made = recipe(tiny(), criterion="taylor", calibration=factory)
     with pytest.raises(GraphwrightError, match=message):
         Runner(made, tmp_path / "run")()
+
+
+def test_the_digits_calibration_takes_its_batches_apart() -> None:
+    context = context_of(Calibration(factory="digits-ddpm", options={"count": 2, "batch": 3}))
+    assert context.split is not None and len(context.batches) == 2
+    samples = context.split(context.batches[0])
+    assert len(samples) == 3
+    for part, whole in zip(zip(*samples, strict=True), context.batches[0], strict=True):
+        assert torch.equal(torch.cat(part), whole)
+
+
+def test_a_recipe_describes_example_inputs(tiny: Write, tmp_path: Path) -> None:
+    text = f"model: {tiny()}\nmeasure: false\ninputs: {{image: {{shape: [4, 3, 16, 12]}}}}"
+    outcome = Runner(read_recipe(text, "tiny"), tmp_path / "run")()
+    (image,) = outcome["capture"].result["inputs"]
+    assert image == {"name": "image", "dtype": "float32", "shape": ["batch", 3, 16, 12]}
+    first = load_program(tmp_path / "run" / "capture" / "program").example[0]
+    assert first.shape == (4, 3, 16, 12) and 0.8 < first.std() < 1.2
+    again = read_recipe(text.replace("[4,", "[5,"), "tiny")
+    assert fresh(Runner(again, tmp_path / "run")()) == ["capture"]
+    wrong = read_recipe(text.replace("image", "picture"), "tiny")
+    with pytest.raises(GraphwrightError, match="missing a required argument: 'image'"):
+        Runner(wrong, tmp_path / "run")()
+
+
+def test_a_recipe_changes_the_dtype(tiny: Write, tmp_path: Path) -> None:
+    text = f"model: {tiny()}\nmeasure: false\ndtype: bfloat16\nexport: {{torchscript: true}}"
+    outcome = Runner(read_recipe(text, "tiny"), tmp_path / "run")()
+    assert outcome.ok
+    program = load_program(tmp_path / "run" / "capture" / "program")
+    assert {p.dtype for p in program.parameters().values()} == {torch.bfloat16}
+    assert outcome["capture"].result["inputs"][0]["dtype"] == "bfloat16"
 
 
 def test_foreign_directories_are_refused(tiny: Write, tmp_path: Path) -> None:
