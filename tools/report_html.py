@@ -184,7 +184,19 @@ def _exports(exports: Mapping[str, Mapping[str, Any]]) -> str:
     return (
         f"<h2>Exports</h2>\n{table(headers, rows)}\n"
         '<p class="soft">Largest difference of an output to the program, relative to the largest magnitude of it.</p>'
+        + "".join(_remarks(label, manifest) for label, manifest in exports.items())
     )
+
+
+def _remarks(label: str, manifest: Mapping[str, Any]) -> str:
+    """Return what an export has to say beside its figures."""
+    lines = list(manifest.get("notes") or [])
+    lines += [f"asks of its inputs: {guard}" for guard in manifest.get("guards") or []]
+    if manifest.get("opset_reason"):
+        lines.append(f"opset {manifest['opset']}: {manifest['opset_reason']}")
+    if manifest.get("precision", "float32") != "float32":
+        lines.append(f"in {manifest['precision']}")
+    return "".join(f'\n<p class="soft"><code>{escape(label)}/</code> {escape(str(line))}</p>' for line in lines)
 
 
 def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
@@ -194,7 +206,7 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             name(g["name"]),
-            text(g["kind"]),
+            ("word", escape(str(g["kind"]))),
             text(g["exactness"]),
             number(len(g["members"])),
             number(g["before"]),
@@ -226,12 +238,17 @@ def _frozen(frozen: Sequence[Mapping[str, Any]], unknown: Sequence[str]) -> str:
         return ""
     reasons = Counter(f["reason"] for f in frozen)
     rows = [[text(reason), number(times)] for reason, times in reasons.most_common()]
+    each = [[name(", ".join(f"{m['name']}[{m['dim']}]" for m in f["members"])), text(f["reason"])] for f in frozen]
+    listed = table([text("tensors and dimensions"), text("reason")], each)
     note = f"<p>Operators without a rule: <code>{escape(', '.join(unknown))}</code></p>" if unknown else ""
-    return f"<h2>Frozen axes</h2>\n{note}{table([text('reason'), ('number', 'axes')], rows)}"
+    return f"<h2>Frozen axes</h2>\n{note}{table([text('reason'), ('number', 'axes')], rows)}" + (
+        f"<details><summary>each of them</summary>{listed}</details>"
+    )
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
     rows = [[name(stage["name"]), number(stage["seconds"])] for stage in stages]
+    rows.append([text("all"), number(round(sum(stage["seconds"] for stage in stages), 1))])
     return f"<h2>Time</h2>\n{table([text('stage'), ('number', 'seconds')], rows)}"
 
 
