@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.groups import CouplingGroup, Member
-from ..graph.program import Program, get_tensor
+from ..graph.program import Program
 from .slices import gathered, power_sums, slice_rows, slice_sums, wide
 
 
@@ -147,6 +147,7 @@ def layer_outputs(program: Program) -> frozenset[tuple[str, int]]:
     Weights that are computed (weight normalisation) are not listed: no parameter of theirs is the layer's weight.
     """
     found = set()
+    names = _first_names(program)
     for node, name in _calls(program):
         for index, dim in _WEIGHTS.get(name, {}).items():
             weight = node.args[index] if len(node.args) > index else None
@@ -154,7 +155,7 @@ def layer_outputs(program: Program) -> frozenset[tuple[str, int]]:
                 continue
             if name == "convolution" and node.args[6]:
                 dim = 1
-            found.add((_first_name(program, str(weight.target)), dim % weight.meta["val"].dim()))
+            found.add((names[str(weight.target)], dim % weight.meta["val"].dim()))
     return frozenset(found)
 
 
@@ -162,7 +163,8 @@ def batch_norm_scales(program: Program) -> frozenset[str]:
     """Return the names of the weights of all batch norms."""
     norms = (node for node, name in _calls(program) if name.endswith("batch_norm") and len(node.args) > 1)
     weights = (node.args[1] for node in norms)
-    return frozenset(_first_name(program, str(w.target)) for w in weights if isinstance(w, Node) and w.op == "get_attr")
+    names = _first_names(program)
+    return frozenset(names[str(w.target)] for w in weights if isinstance(w, Node) and w.op == "get_attr")
 
 
 # Operator name to position of the weight among its arguments to the dimension that the result's features come from.
@@ -179,10 +181,13 @@ def _calls(program: Program) -> list[tuple[Node, str]]:
     return [(n, n.target._schema.name.removeprefix("aten::")) for n in calls]  # pyright: ignore
 
 
-def _first_name(program: Program, name: str) -> str:
-    """Return the name under which the coupling analysis lists a tensor: the first of a tied one."""
-    tensor = get_tensor(program.graph_module, name)
-    return next(known for known, value in program.tensors().items() if value is tensor)
+def _first_names(program: Program) -> dict[str, str]:
+    """Return for each tensor the name under which the coupling analysis lists it: the first of a tied one."""
+    tensors = program.tensors()
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: first[id(tensor)] for name, tensor in tensors.items()}
 
 
 __all__ = [
