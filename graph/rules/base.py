@@ -223,6 +223,11 @@ def resize_shape(index: int, name: str) -> Callable[[Resizer, Node], None]:
             else:
                 # A computed size (batch times heads) cannot be written as a literal: let the operator infer it.
                 new.append(rz.size(axis) if isinstance(size, int) else -1)
+        if new.count(-1) > 1:  # one of them was inferred before, and its size is known
+            new = [
+                rz.size(axis) if size == -1 and isinstance(rz.size(axis), int) else value
+                for size, value, axis in zip(shape, new, dims, strict=True)
+            ]
         set_arg(node, index, name, new)
 
     return resize
