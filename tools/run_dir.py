@@ -172,7 +172,8 @@ class RunDirectory:
 
     def stages(self) -> list[Finished]:
         """Return every finished stage in the order in which they were finished."""
-        files = sorted((self.path / STATE).glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
+        files = [file for file in (self.path / STATE).glob("*.json") if not file.name.startswith(TEMPORARY)]
+        files.sort(key=lambda file: file.stat().st_mtime_ns)
         return [done for file in files if (done := self.finished(file.stem)) is not None]
 
     def do(self, name: str, inputs: Any, work: Callable[[Path], Any]) -> Finished:
@@ -249,6 +250,7 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"another run is at work in {self.path}; wait for it or name another --out") from None
-            for left in self.path.glob(f"{TEMPORARY}*"):
+            # What a killed run could not remove.
+            for left in [*self.path.glob(f"{TEMPORARY}*"), *(self.path / STATE).glob(f"{TEMPORARY}*")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield

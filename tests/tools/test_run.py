@@ -114,11 +114,11 @@ def test_a_killed_run_goes_on_where_it_was(tiny: Write, tmp_path: Path, monkeypa
     # What a process that could not clean up leaves behind.
     (out / ".partial-1-torchscript").mkdir()
     (out / ".partial-1-torchscript" / "half").write_text("half")
-    (out / ".partial-1-torchscript.json").write_text("{")
+    (out / "state" / ".partial-1-torchscript.json").write_text("{")
     outcome = Runner(recipe(tiny()), out)()
     assert fresh(outcome) == ["torchscript"]
     assert (out / "torchscript" / "model.torchscript.pt").is_file()
-    assert not list(out.glob(".partial*"))
+    assert not list(out.rglob(".partial*"))
 
 
 @pytest.mark.parametrize("where", ["program", "state"])
