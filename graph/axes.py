@@ -25,6 +25,9 @@ Size = Any
 
 LEAF, CONCAT, PRODUCT = 0, 1, 2
 
+# Why an axis of symbolic size is frozen. Its static factors are not: batch times heads freezes the batch only.
+DYNAMIC = "dynamic dimension"
+
 # A concat finer than this freezes: constant reorderings can explode an axis into single indices.
 MAX_PIECES = 256
 
@@ -135,7 +138,7 @@ class Axes:
         elif size == 1:
             axis.frozen = Reason("size 1", self.node)
         elif type(size) is not int:
-            axis.frozen = Reason("dynamic dimension", self.node)
+            axis.frozen = Reason(DYNAMIC, self.node)
         return axis
 
     def concat(self, parts: Sequence[Axis]) -> Axis:
@@ -210,9 +213,7 @@ class Axes:
         elif a.kind == LEAF or b.kind == LEAF:
             if a.kind != LEAF:
                 a, b = b, a
-            a.parent = b
-            if a.frozen is not None:
-                self.freeze(b, a.frozen)
+            self._link(a, b)
         elif a.kind == PRODUCT and b.kind == PRODUCT:
             self._unify_products(a, b)
         elif a.kind == CONCAT and b.kind == CONCAT:
@@ -231,9 +232,9 @@ class Axes:
 
     def _refine(self, leaf: Axis, kind: int, parts: tuple[Axis, ...]) -> None:
         leaf.kind, leaf.parts = kind, parts
-        if leaf.frozen is not None:
-            for part in parts:
-                self.freeze(part, leaf.frozen)
+        reason, leaf.frozen = leaf.frozen, None
+        if reason is not None and reason.text != DYNAMIC:
+            self.freeze(leaf, reason)
 
     def _freeze_both(self, a: Axis, b: Axis, reason: str) -> None:
         self.freeze(a, reason)
@@ -356,7 +357,7 @@ class Axes:
             self._link(a, b)
 
     def _link(self, a: Axis, b: Axis) -> None:
-        """Point composite ``a`` at composite ``b``; their parts are the same by now."""
+        """Point ``a``, a leaf or a composite whose parts are those of ``b`` by now, at ``b``."""
         a.parent = b
-        if a.frozen is not None:
+        if a.frozen is not None and not (a.frozen.text == DYNAMIC and b.kind != LEAF):
             self.freeze(b, a.frozen)

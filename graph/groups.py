@@ -129,7 +129,12 @@ def coupling_groups(an: Analysis, gm: GraphModule, tensors: Sequence[TensorDims]
                 if leaf.frozen is None:
                     members.setdefault(leaf, []).append(Member(name, dim, trainable, axis, leaf))
     members = {leaf: found for leaf, found in members.items() if any(m.trainable for m in found)}
-    roles = _by_leaf((axis, role) for axis, role in an.roles)
+    softmaxed = {leaf for axis in an.softmaxes for leaf in leaves(axis)}
+    roles = _by_leaf(
+        (role.axis, role.name)
+        for role in an.roles
+        if not role.witnesses or any(leaf in softmaxed for witness in role.witnesses for leaf in leaves(witness))
+    )
     because = _statistics(an, gm, members)
     constraints = _by_leaf((c.axis, c) for c in an.constraints)
     names: dict[str, int] = {}

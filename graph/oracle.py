@@ -7,6 +7,7 @@ the kept indices only, and scatters its result back. A removal is right if the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node, map_arg
 
-from .axes import Axis
+from .axes import Axis, factors, find
 from .depgraph import DepGraph, check_keep
 from .program import get_tensor
 from .resize import RemovalRecord
@@ -114,9 +115,9 @@ def _select(value: Any, rz: Resizer, dims: tuple[Axis, ...]) -> Any:
     if not is_tensor(value):
         return value
     for dim, axis in enumerate(dims):
-        kept = rz.kept(axis)
-        if kept is not None:
-            value = value.index_select(dim, torch.from_numpy(kept))
+        if rz.changed(axis):
+            copies = value.shape[dim] // _static_size(axis)
+            value = value.index_select(dim, torch.from_numpy(_indices(rz, axis, copies)))
     return value
 
 
@@ -124,9 +125,29 @@ def _scatter(value: Any, rz: Resizer, dims: tuple[Axis, ...]) -> Any:
     if not is_tensor(value):
         return value
     for dim, axis in enumerate(dims):
-        kept = rz.kept(axis)
-        if kept is not None:
+        if rz.changed(axis):
+            left = math.prod(int(rz.size(f)) for f in factors(axis) if type(f.size) is int)
+            copies = value.shape[dim] // left
             shape = list(value.shape)
-            shape[dim] = int(axis.size)
-            value = value.new_zeros(shape).index_copy(dim, torch.from_numpy(kept), value)
+            shape[dim] = copies * _static_size(axis)
+            value = value.new_zeros(shape).index_copy(dim, torch.from_numpy(_indices(rz, axis, copies)), value)
     return value
+
+
+def _static_size(axis: Axis) -> int:
+    """Return the product of the factors whose size is known: all of them, or all but a dynamic batch."""
+    return math.prod(f.size for f in factors(axis) if type(f.size) is int)
+
+
+def _indices(rz: Resizer, axis: Axis, copies: int) -> np.ndarray:
+    """Return the kept indices of an axis; a dynamic factor keeps all of its ``copies``."""
+    if type(find(axis).size) is int:
+        kept = rz.kept(axis)
+        assert kept is not None
+        return kept
+    out = np.zeros(1, dtype=np.int64)
+    for factor in factors(axis):
+        size = factor.size if type(factor.size) is int else copies
+        kept = rz.kept(factor)
+        out = (out[:, None] * size + (np.arange(size) if kept is None else kept)).reshape(-1)
+    return out

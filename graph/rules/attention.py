@@ -50,7 +50,9 @@ def resize_attention(rz: Resizer, node: Node) -> None:
 def softmax(an: Analysis, node: Node) -> Dims:
     """A softmax over an axis spreads every index over all others."""
     x = an.of(node.args[0])
-    an.freeze(x[arg(node, 1, "dim") % len(x)], "softmax over it")
+    axis = x[arg(node, 1, "dim") % len(x)]
+    an.softmaxes.append(axis)
+    an.freeze(axis, "softmax over it")
     return x
 
 

@@ -42,6 +42,14 @@ class Constraint(NamedTuple):
     node: Node
 
 
+class Role(NamedTuple):
+    """What ``axis`` is to an attention, provided that a softmax runs over a witness (if there are any)."""
+
+    axis: Axis
+    name: str
+    witnesses: tuple[Axis, ...]
+
+
 class Label(NamedTuple):
     """A statistic over ``axis`` is computed at ``node``: removal changes it."""
 
@@ -58,6 +66,7 @@ class Analysis(Axes):
         labels: Statistics that run over an axis (removal is ``renormalised``, not ``exact``).
         sums: Plain sums over an axis: exact only if what is summed is zero where the axis is masked.
         roles: What an axis is to an attention: ``head``, ``head group``, ``head dim``, ``value dim``.
+        softmaxes: Axes that a softmax runs over.
         constraints: Divisibility of normalised dimensions.
         unknown: Nodes whose operator has no rule; all they touch is frozen.
     """
@@ -67,7 +76,8 @@ class Analysis(Axes):
         self.dims: dict[Node, Value] = {}
         self.labels: list[Label] = []
         self.sums: list[Label] = []
-        self.roles: list[tuple[Axis, str]] = []
+        self.roles: list[Role] = []
+        self.softmaxes: list[Axis] = []
         self.constraints: list[Constraint] = []
         self.unknown: list[Node] = []
         self.weights: set[Node] = set()
@@ -93,9 +103,12 @@ class Analysis(Axes):
         assert self.node is not None
         self.sums.append(Label(axis, "sum", self.node))
 
-    def role(self, axis: Axis, role: str) -> None:
-        """Say what ``axis`` is to an attention."""
-        self.roles.append((axis, role))
+    def role(self, axis: Axis, name: str, *witnesses: Axis) -> None:
+        """Say what ``axis`` is to an attention; with ``witnesses``, if a softmax runs over one of them.
+
+        A product of two activations looks the same in an attention and in a distance or a graph convolution.
+        """
+        self.roles.append(Role(axis, name, witnesses))
 
     def divisible(self, axis: Axis, groups: int) -> None:
         """Constrain the kept size of ``axis`` to multiples of ``groups``."""

@@ -41,12 +41,7 @@ def _matmul(an: Analysis, node: Node, a: Dims, b: Dims) -> Dims:
     rank = len(out_sizes(node)) - len(rows) - len(columns)
     batch = an.broadcast([a[:-2], b[:-2]], out_sizes(node)[:rank])
     if not (an.is_weight(node.args[0]) or an.is_weight(node.args[1])):
-        # Both operands are activations: an attention written out.
-        for axis in (*a[:-2], *b[:-2]):
-            an.role(axis, "head")
-        an.role(a[-1], "head dim")
-        if columns:
-            an.role(columns[0], "value dim")
+        _attention_roles(an, a, b)
     return (*batch, *rows, *columns)
 
 
@@ -58,10 +53,19 @@ def addmm(an: Analysis, node: Node) -> Dims:
     sizes = out_sizes(node)
     out = (*an.broadcast([a[:-2], b[:-2]], sizes[:-2]), a[-2], b[-1])
     if len(a) > 2 and not an.is_weight(node.args[2]):
-        an.role(a[0], "head")
-        an.role(a[-1], "head dim")
-        an.role(b[-1], "value dim")
+        _attention_roles(an, a, b)
     return an.broadcast([out, bias], sizes)
+
+
+def _attention_roles(an: Analysis, a: Dims, b: Dims) -> None:
+    """A product of activations is half of an attention if a softmax runs over its keys: ``q k`` or ``weights v``."""
+    if len(a) < 2 or len(b) < 2:
+        return
+    inner, keys = a[-1], b[-1]
+    an.role(inner, "head dim", keys)
+    an.role(keys, "value dim", inner)
+    for axis in (*a[:-2], *b[:-2]):
+        an.role(axis, "head", keys, inner)
 
 
 def outer(an: Analysis, node: Node) -> Dims:
@@ -110,13 +114,21 @@ def einsum(an: Analysis, node: Node) -> Dims:
         ]
         if letter not in output:
             _sum_over(an, axis, holders)
-            if activations and len(holders) > 1:
-                an.role(axis, "head dim")
-        elif activations and len(holders) == len(operands) > 1:
-            an.role(axis, "head")
-        elif activations and len(holders) == 1 and len(operands) > 1 and letter in terms[-1]:
-            an.role(axis, "value dim")
+        if activations and len(operands) == 2:
+            _einsum_role(an, letter, letters, terms, output)
     return tuple(letters[letter] for letter in output)
+
+
+def _einsum_role(an: Analysis, letter: str, letters: dict[str, Axis], terms: list[str], output: str) -> None:
+    """As `_attention_roles`, told by which operand has the letter and whether it comes out."""
+    summed = [letters[other] for other in letters if other not in output]
+    free = [letters[other] for other in output if sum(other in term for term in terms) == 1]
+    if letter not in output:
+        an.role(letters[letter], "head dim", *free)
+    elif all(letter in term for term in terms):
+        an.role(letters[letter], "head", *free, *summed)
+    else:
+        an.role(letters[letter], "value dim", *summed)
 
 
 def grouped_mm(an: Analysis, node: Node) -> Dims:
