@@ -38,7 +38,7 @@ def staging(directory: str | os.PathLike[str], manifest: str) -> Iterator[Path]:
     try:
         yield stage
         _remove_earlier(target, manifest)
-        for file in sorted(stage.iterdir(), key=lambda file: file.name == manifest):
+        for file in sorted(stage.iterdir(), key=lambda file: (file.name == manifest, file.name)):
             os.replace(file, target / file.name)
         stage.rmdir()
     except BaseException:

@@ -6,6 +6,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from .artifacts import ExportError
+
 # Sums of squares overflow at 65504, and a softmax over many entries loses the small ones.
 BLOCKED_OPERATORS = (
     "LayerNormalization",
@@ -25,11 +27,8 @@ BLOCKED_OPERATORS = (
     "ReduceL2",
     "Sqrt",
     "Reciprocal",
-    # ONNX Runtime 1.32 crashes when it loads these in float16 on the CPU
-    "LSTM",
-    "GRU",
-    "RNN",
 )
+RECURRENT = ("LSTM", "GRU", "RNN")
 
 # Position times frequency: at 1000 a float16 has steps of 0.5, and a sine needs its argument to a fraction of that.
 _PERIODIC = ("Sin", "Cos")
@@ -48,12 +47,22 @@ def convert_to_float16(source: Path, target: Path) -> int:
     Args:
         source: With external data beside it.
         target: In another folder; its external data lie beside it as ``<name>.data``.
+
+    Raises:
+        ExportError: The model has a recurrent layer.
     """
     import onnx
     import onnx_ir
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     model = onnx.load(source)
+    recurrent = [node for node in model.graph.node if node.op_type in RECURRENT]
+    if recurrent:
+        # Not even with these nodes kept in float32: the process dies while the session is made.
+        raise ExportError(
+            f"the model has {len(recurrent)} recurrent layers, and ONNX Runtime 1.32 crashes when it loads the float16 form "
+            "of such a model on the CPU; export it without fp16"
+        )
     converted = convert_float_to_float16(
         model,
         keep_io_types=True,
