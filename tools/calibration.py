@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -48,6 +51,20 @@ def digits(**options: Any) -> tuple[Any, ...]:
     return (*calibration(**options), split)
 
 
+@contextmanager
+def working_directory_importable() -> Iterator[None]:
+    """Find modules in the working directory inside the block, as ``python -m`` does and a command does not."""
+    here = os.getcwd()
+    known = here in sys.path or "" in sys.path
+    if not known:
+        sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if not known and here in sys.path:
+            sys.path.remove(here)
+
+
 def find_factory(path: str, what: str) -> Callable[..., Any]:
     """Import ``package.module:name``.
 
@@ -59,7 +76,8 @@ def find_factory(path: str, what: str) -> Callable[..., Any]:
         known = ", ".join(BUILTIN)
         raise PreconditionError(f"{what} must be package.module:factory or one of {known}, got {path!r}")
     try:
-        found = getattr(import_module(module), name)
+        with working_directory_importable():
+            found = getattr(import_module(module), name)
     except ModuleNotFoundError as err:
         raise PreconditionError(f"{what} {path}: there is no module {err.name!r} to import") from err
     except AttributeError:

@@ -133,11 +133,14 @@ def groups(
     as_json: JsonOption = False,
     frozen: Annotated[bool, typer.Option("--frozen", help="List what cannot be removed as well, and why.")] = False,
     members: Annotated[bool, typer.Option("--members", help="List the tensors of every group.")] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Build from the configuration of a directory without weights.")
+    ] = False,
 ) -> None:
     """List which dimensions of a model must change together."""
     from . import verbs
 
-    verbs.groups(model, as_json, frozen, members)
+    verbs.groups(model, as_json, frozen, members, random_weights)
 
 
 @app.command()

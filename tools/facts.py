@@ -7,7 +7,6 @@ import inspect
 import os
 import platform
 import sys
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,8 +93,8 @@ def code_hash(model: nn.Module, spec: str) -> str:
     for name in sorted(names):
         if name.partition(".")[0] in ("torch", "builtins"):
             continue
-        module = sys.modules.get(name) or import_module(name)
-        file = inspect.getsourcefile(module) if getattr(module, "__file__", None) else None
+        module = sys.modules.get(name)
+        file = inspect.getsourcefile(module) if module is not None and getattr(module, "__file__", None) else None
         if file and Path(file).is_file():
             digest.update(f"{name};".encode())
             digest.update(Path(file).read_bytes())

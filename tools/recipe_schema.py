@@ -160,9 +160,10 @@ class Recipe:
     """One run, wholly described.
 
     Attributes:
-        model: ``builtin:NAME``, a directory, ``package.module:factory``.
+        model: ``builtin:NAME``, a directory, ``package.module:factory`` or a hub name.
         version: Of the recipe format.
         dtype: Convert the model's floating-point tensors, and inputs, to this; null leaves them.
+        random_weights: Build from the configuration alone, where a directory has no weights.
         seed: Of everything random that has no seed of its own.
         inputs: Example inputs by name, tensors or constants, in place of all of the model's own.
         dynamic: Names of dimensions that may vary, by input and dimension; null is the batch alone.
@@ -178,6 +179,7 @@ class Recipe:
     model: str
     version: int = VERSION
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    random_weights: bool = False
     seed: int = 0
     inputs: Mapping[str, InputTensor | bool | int | float | str | None] | None = None
     dynamic: Mapping[str, Mapping[int, str]] | None = None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from ..frontends.capture import capture
-from ..frontends.inputs import inputs_from_spec
+from ..frontends.load_model import load_model
 from ..graph.program import Program
 from ..passes.options import plain
 from .facts import code_hash, inputs_hash, versions, weights_hash
@@ -27,10 +26,12 @@ class Source:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dynamic: Mapping[str, Mapping[int, str]] | None
+    notes: tuple[str, ...] = ()
 
     def capture(self) -> Program:
-        """Capture the model."""
-        return capture(self.model, self.args, self.kwargs, self.dynamic)
+        """Capture the model; the program's notes are those of loading and of capturing."""
+        program = capture(self.model, self.args, self.kwargs, self.dynamic)
+        return replace(program, notes=(*self.notes, *program.notes))
 
     def key(self) -> dict[str, Any]:
         """Return plain data that is the same only for the same model, inputs and library versions."""
@@ -51,40 +52,18 @@ def load_source(recipe: Recipe) -> Source:
     """Load the model of a recipe.
 
     Raises:
-        GraphwrightError: There is no such model, or its inputs do not fit.
+        GraphwrightError: There is no such model, or its inputs are not known.
     """
-    try:
-        from ..frontends.load_model import load_model  # pyright: ignore
-    except ModuleNotFoundError:
-        from types import SimpleNamespace
-        from importlib import import_module
-
-        def load_model(spec):
-            if spec.startswith("builtin:"):
-                from ..frontends.builtin import load_builtin
-
-                m, a, k = load_builtin(spec)
-            else:
-                mod, _, n = spec.partition(":")
-                m, a, k = getattr(import_module(mod), n)()
-            return SimpleNamespace(model=m, args=a, kwargs=k, dynamic=None)
-
-    loaded = load_model(recipe.model)
-    model, args, kwargs = loaded.model, tuple(loaded.args), dict(loaded.kwargs)
-    dynamic = loaded.dynamic
-    if recipe.inputs is not None:
-        args, kwargs, dynamic = inputs_from_spec(_described(recipe.inputs), seed=recipe.seed)
-    if recipe.dtype is not None:
-        dtype: torch.dtype = getattr(torch, recipe.dtype)
-        model = model.to(dtype)
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda t: t.to(dtype) if t.dtype.is_floating_point else t, (args, kwargs)
-        )
-    return Source(recipe.model, model, args, kwargs, recipe.dynamic if recipe.dynamic is not None else dynamic)
+    inputs = None if recipe.inputs is None else _described(recipe.inputs)
+    loaded = load_model(
+        recipe.model, dtype=recipe.dtype, random_weights=recipe.random_weights, seed=recipe.seed, inputs=inputs
+    )
+    dynamic = loaded.dynamic if recipe.dynamic is None else recipe.dynamic
+    return Source(recipe.model, loaded.model, loaded.args, loaded.kwargs, dynamic, loaded.notes)
 
 
 def _described(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs of a recipe as `inputs_from_spec` takes them: only what was said."""
+    """Return the inputs of a recipe as `load_model` takes them: only what was said."""
     return {
         name: {key: value for key, value in plain(entry).items() if value is not None and value != {}}
         if isinstance(entry, InputTensor)

@@ -85,7 +85,7 @@ def dry_run(recipe: Recipe, as_json: bool, quiet: bool) -> None:
     render.print_summary(data)
 
 
-def program_of(source: str) -> Program:
+def program_of(source: str, random_weights: bool = False) -> Program:
     """Return the program in a run's or a saved program's directory, or capture the model that ``source`` names."""
     path = Path(source)
     if (path / MARK).is_file():
@@ -96,12 +96,12 @@ def program_of(source: str) -> Program:
         return load_program(path / held[-1] / PROGRAM)
     if (path / "program.json").is_file():
         return load_program(path)
-    return load_source(Recipe(model=source)).capture()
+    return load_source(Recipe(model=source, random_weights=random_weights)).capture()
 
 
-def groups(model: str, as_json: bool, frozen: bool, members: bool) -> None:
+def groups(model: str, as_json: bool, frozen: bool, members: bool, random_weights: bool) -> None:
     """Print the coupling groups of a model."""
-    program = program_of(model)
+    program = program_of(model, random_weights)
     graph = depgraph(program)
     data: dict[str, Any] = {
         "model": program.name,
