@@ -106,14 +106,14 @@ def test_inventory_of_a_known_model() -> None:
 
 def test_initialisation_leaves_nothing_degenerate() -> None:
     """Zeros and near-zeros become values; shared parameters stay shared."""
-    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.BatchNorm1d(4),
-                              torch.nn.Linear(4, 4))
-    net[3].weight = net[0].weight
+    first, last, norm = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+    last.weight = first.weight
+    net = torch.nn.Sequential(first, torch.nn.LayerNorm(4), norm, last)
     for parameter in net.parameters():
         torch.nn.init.constant_(parameter, 1e-12)
     seeded_init(net, 3)
-    assert net[3].weight is net[0].weight
+    assert last.weight is first.weight
     for parameter in net.parameters():
         assert parameter.abs().mean() > 0.05
         assert parameter.std() > 0
-    assert net[2].running_mean.abs().min() > 0
+    assert norm.running_mean is not None and norm.running_mean.abs().min() > 0

@@ -136,7 +136,7 @@ def autoencoder(part: str) -> Callable[[], Case]:
     class Decoder(nn.Module):
         """The path from latents to images."""
 
-        def __init__(self, vae: nn.Module) -> None:
+        def __init__(self, vae: Any) -> None:
             """Keep the two parts that decoding uses."""
             super().__init__()
             self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -28,14 +29,9 @@ class Case:
 
     model: nn.Module
     args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
     dynamic: dict[str, Any] | None = None
     second: Inputs | None = None
-
-    def __post_init__(self) -> None:
-        """Replace a missing keyword dictionary by an empty one."""
-        if self.kwargs is None:
-            object.__setattr__(self, "kwargs", {})
 
     def run(self) -> Any:
         """Return the model's output on the example inputs, without gradients."""
@@ -64,7 +60,7 @@ class Entry:
 
 def tensors(value: Any) -> list[torch.Tensor]:
     """List the tensors inside nested containers and dataclass outputs, in order."""
-    leaves, _ = torch.utils._pytree.tree_flatten(value)
+    leaves, _ = tree_flatten(value)
     found: list[torch.Tensor] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
@@ -143,11 +139,12 @@ def _calibrate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval()
         norm.momentum = momentum
-        norm.num_batches_tracked.zero_()
-        spread = norm.running_var.sqrt()
-        norm.running_mean += spread * _signed(spread.shape, 0.05, 0.2, gen)
-        norm.running_var *= 0.6 + 0.8 * torch.rand(spread.shape, generator=gen)
-        norm.running_var.clamp_(min=floor)
+        mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        if mean is not None and var is not None and count is not None:
+            count.zero_()
+            mean += var.sqrt() * _signed(var.shape, 0.05, 0.2, gen)
+            var *= 0.6 + 0.8 * torch.rand(var.shape, generator=gen)
+            var.clamp_(min=floor)
 
 
 def _wake(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int = 4) -> None:
@@ -160,7 +157,7 @@ def _wake(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], round
         outputs = [out for out in tensors(model(*args, **kwargs)) if out.requires_grad]
         if not outputs:
             return
-        sum((out * torch.randn(out.shape, generator=gen)).sum() for out in outputs).backward()
+        torch.stack([(out * torch.randn(out.shape, generator=gen)).sum() for out in outputs]).sum().backward()
         changed = False
         with torch.no_grad():
             for name, parameter in model.named_parameters():

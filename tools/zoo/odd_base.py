@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,11 @@ class Net(nn.Module):
             else:
                 setattr(self, name, part)
         self.function = function
+
+    if TYPE_CHECKING:                                    # parts are whatever the constructor was given
+
+        def __getattr__(self, name: str) -> Any:
+            """Parts by name."""
 
     def forward(self, x: torch.Tensor) -> Any:
         """Call the function."""
@@ -64,7 +69,7 @@ def vectors(b: int) -> torch.Tensor:
     return torch.randn(b, 5, generator=source(b + 4))
 
 
-def odd(name: str, build: Callable[[], nn.Module], inputs: Callable[[int], Any] = pictures, note: str = "",
+def odd(name: str, build: Callable[[], nn.Module | Case], inputs: Callable[[int], Any] = pictures, note: str = "",
         requires: tuple[str, ...] = (), **options: Any) -> Entry:
     """An entry of the family "odd"; `build` makes the module, or the whole case."""
     def make() -> Case:

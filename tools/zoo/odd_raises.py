@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .entry import Entry, case, tokens
+from .entry import Case, Entry, case, tokens
 from .odd_base import Net, buffer, conv, features, heads, lin, merge, odd, param, pictures, vectors
 from .torch_cnn import C2f, Res2, Shuffle
 
@@ -48,7 +50,7 @@ def _interleaved(m: Net, x: torch.Tensor) -> torch.Tensor:
     return m.c(torch.cat([a1, b1, a2, b2], 1))
 
 
-def _two(dim: int) -> object:
+def _two(dim: int) -> Callable[[Net, torch.Tensor], torch.Tensor]:
     """Chunk along a dimension that carries positions, the parts into different layers."""
     def run(m: Net, x: torch.Tensor) -> torch.Tensor:
         u, v = m.a(x).chunk(2, dim)
@@ -131,14 +133,14 @@ class Standardised(nn.Conv2d):
         super().__init__(cin, cout, 3, padding=1)
         self.gain = nn.Parameter(torch.ones(cout, 1, 1, 1))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Standardise over everything but the output channel."""
         mean = self.weight.mean((1, 2, 3), keepdim=True)
         var = self.weight.var((1, 2, 3), keepdim=True, unbiased=False)
-        return F.conv2d(x, (self.weight - mean) * torch.rsqrt(var + 1e-4) * self.gain, self.bias, padding=1)
+        return F.conv2d(input, (self.weight - mean) * torch.rsqrt(var + 1e-4) * self.gain, self.bias, padding=1)
 
 
-def _reparametrised(how: str) -> object:
+def _reparametrised(how: str) -> Case:
     """A convolution whose weight is computed by a hook or a parametrization, made after the initialisation."""
     wrap = {"weight_norm_old": nn.utils.weight_norm, "spectral_norm_old": nn.utils.spectral_norm,
             "weight_norm": nn.utils.parametrizations.weight_norm,
@@ -149,7 +151,7 @@ def _reparametrised(how: str) -> object:
     return case(base.model, pictures, init=False)
 
 
-def _frozen() -> object:
+def _frozen() -> nn.Module:
     """A stem that takes no gradients."""
     net = Net(lambda m, x: m.c(m.b(m.a(x).relu()).relu()), a=conv(3, 6), b=conv(6, 7), c=conv(7, 2))
     net.a.requires_grad_(False)
@@ -170,11 +172,11 @@ def _recurrent(kind: str, **more: object) -> nn.Module:
                c=lin(width, 3))
 
 
-def _cache() -> object:
+def _cache() -> Case:
     """A language model that returns its key/value cache, as it does by default."""
     from .transformers_models import VOCAB, llama
     built = llama(2, 4)()
-    built.model.config.use_cache = True
+    built.model.__dict__["config"].use_cache = True
 
     class Cached(nn.Module):
         """Logits and the cache as a flat list of tensors."""
@@ -255,7 +257,7 @@ ENTRIES: list[Entry] = [
     odd("raises/foreign_conv", lambda: _foreign(False)),
     odd("raises/learned_map", lambda: Net(lambda m, x: m.c((m.a(x) + m.p).relu()), a=conv(3, 8), p=param(8, 8, 8),
                                           c=conv(8, 2)), note="channels, height and width are all 8"),
-    odd("raises/layer_norm_map", lambda: Net(lambda m, x: m.c(m.n(m.a(x))), a=conv(3, 5), n=nn.LayerNorm((5, 8, 8)),
+    odd("raises/layer_norm_map", lambda: Net(lambda m, x: m.c(m.n(m.a(x))), a=conv(3, 5), n=nn.LayerNorm([5, 8, 8]),
                                              c=conv(5, 2))),
     odd("raises/rms_norm", lambda: Net(lambda m, x: m.c(m.n(m.a(x))), a=lin(5, 8), n=nn.RMSNorm(8), c=lin(8, 3)),
         features),

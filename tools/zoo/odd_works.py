@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,14 +24,14 @@ class Sign(torch.autograd.Function):
     """Round forward, pass the gradient straight through."""
 
     @staticmethod
-    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         """Round to quarters."""
         return torch.round(x * 4) / 4
 
     @staticmethod
-    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         """Identity."""
-        return grad
+        return grads[0]
 
 
 class RMS(nn.Module):

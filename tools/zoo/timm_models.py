@@ -52,7 +52,7 @@ def _without_cache(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if hasattr(module, "attention_bias_cache"):
-            module.get_attention_biases = MethodType(_biases, module)
+            module.__dict__["get_attention_biases"] = MethodType(_biases, module)
     return model
 
 

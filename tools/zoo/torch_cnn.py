@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -339,7 +341,7 @@ def _net(*layers: nn.Module, width: int) -> nn.Module:
     return Classifier(nn.Sequential(*layers), width)
 
 
-def _entry(name: str, model: object, size: int = 16, note: str = "") -> Entry:
+def _entry(name: str, model: Callable[[], nn.Module], size: int = 16, note: str = "") -> Entry:
     """An entry with image inputs (batch, 3, size, size)."""
     return Entry(name, "torch", lambda: case(model(), lambda b: image(b, 3, size, size)), note=note)
 
