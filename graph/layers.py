@@ -34,7 +34,7 @@ def layer_dependencies(graph: DepGraph) -> nx.Graph:
     dims = graph.analysis.dims
     sides: dict[Node, tuple[set[Axis], set[Axis]]] = {}
     for node in graph.program.nodes:
-        if node.op != "call_function" or node in graph.analysis.weights:
+        if node.op != "call_function" or (node in graph.analysis.weights and not _is_embedding(node)):
             continue
         inputs = [n for n in node.all_input_nodes if n in sides or n.op == "placeholder"]
         into = {leaf for n in inputs for leaf in _leaves(dims.get(n)) if leaf in carried}
@@ -78,12 +78,17 @@ def _carried(graph: DepGraph) -> set[Axis]:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.name.removeprefix("aten::").startswith(_LAYERS):
             continue
-        if schema.name == "aten::embedding":
+        if _is_embedding(node):
             features = an.of(node.args[0])[1:]  # positions that are looked up may be constants too, and are no features
         else:
             features = [axis for n in node.all_input_nodes if n in an.weights for axis in an.of(n)[:2]]
         out.update(leaf for axis in features for leaf in leaves(axis))
     return out
+
+
+def _is_embedding(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name == "aten::embedding"
 
 
 def _leaves(value: Any) -> set[Axis]:
