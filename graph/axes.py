@@ -71,28 +71,29 @@ def find(axis: Axis) -> Axis:
 
 def pieces(axis: Axis) -> list[Axis]:
     """Return the pieces of a concat, nested concats flattened; any other axis is its own one piece."""
-    axis = find(axis)
-    if axis.kind != CONCAT:
-        return [axis]
-    return [piece for part in axis.parts for piece in pieces(part)]
+    return _flat(axis, (CONCAT,))
 
 
 def factors(axis: Axis) -> list[Axis]:
     """Return the factors of a product, outermost first, nested products flattened, sizes of 1 dropped."""
-    axis = find(axis)
-    if axis.kind != PRODUCT:
-        return [axis]
-    return [factor for part in axis.parts for factor in factors(part)]
+    return _flat(axis, (PRODUCT,))
 
 
 def leaves(axis: Axis) -> Iterator[Axis]:
     """Yield the leaves of ``axis`` in order, repeated ones as often as they occur."""
-    axis = find(axis)
-    if axis.kind == LEAF:
-        yield axis
-    else:
-        for part in axis.parts:
-            yield from leaves(part)
+    yield from _flat(axis, (CONCAT, PRODUCT))
+
+
+def _flat(axis: Axis, kinds: tuple[int, ...]) -> list[Axis]:
+    """Return the parts of ``axis`` in order, those of ``kinds`` replaced by their own; nesting may be deep."""
+    out, todo = [], [axis]
+    while todo:
+        axis = find(todo.pop())
+        if axis.kind in kinds:
+            todo.extend(reversed(axis.parts))
+        else:
+            out.append(axis)
+    return out
 
 
 @lru_cache(maxsize=4096)
@@ -160,14 +161,15 @@ class Axes:
         return Axis(total([f.size for f in flat]), PRODUCT, tuple(flat))
 
     def freeze(self, axis: Axis, reason: str | Reason) -> None:
-        """Make no index of ``axis`` removable. The first reason stays."""
-        axis = find(axis)
-        if axis.frozen is not None:
-            return
+        """Make no index of ``axis`` removable. The first reason stays, unless it was only that a size is dynamic."""
         why = reason if isinstance(reason, Reason) else Reason(reason, self.node)
-        axis.frozen = why
-        for part in axis.parts:
-            self.freeze(part, why)
+        todo = [axis]
+        while todo:
+            axis = find(todo.pop())
+            dynamic = axis.frozen is not None and axis.frozen.text == DYNAMIC and why.text != DYNAMIC
+            if axis.frozen is None or dynamic:
+                axis.frozen = why
+                todo.extend(reversed(axis.parts))
 
     def freeze_all(self, dims: Sequence[Axis], reason: str) -> None:
         """Freeze every axis of ``dims``."""
@@ -179,8 +181,11 @@ class Axes:
         axis = find(axis)
         if type(axis.size) is not int or not 0 < offset < axis.size:
             return None
+        left, right = self.leaf(offset), self.leaf(axis.size - offset)
+        if axis.frozen is not None:  # what keeps all indices anyway need not be refined (thousands of time steps)
+            left.frozen = right.frozen = axis.frozen
+            return left, right
         if axis.kind == LEAF:
-            left, right = self.leaf(offset), self.leaf(axis.size - offset)
             self._refine(axis, CONCAT, (left, right))
             return left, right
         if axis.kind == CONCAT:
@@ -322,20 +327,28 @@ class Axes:
         return i, j
 
     def _unify_concats(self, a: Axis, b: Axis) -> None:
-        while True:
-            left, right = pieces(a), pieces(b)
-            if len(left) > MAX_PIECES or len(right) > MAX_PIECES:
-                self._freeze_both(a, b, "a reordering too fine to follow")
-                return
-            mismatch = next(((p, q) for p, q in zip(left, right, strict=False) if p.size != q.size), None)
-            if mismatch is None:
-                break
-            p, q = mismatch
+        left, right = pieces(a), pieces(b)
+        i = 0
+        while i < len(left):
+            # What was unified before may have refined what comes now.
+            left[i : i + 1], right[i : i + 1] = pieces(left[i]), pieces(right[i])
+            p, q = left[i], right[i]
+            if p.size == q.size:
+                self.unify(p, q)
+                i += 1
+                continue
             if type(p.size) is not int or type(q.size) is not int:
                 self._freeze_both(a, b, "a concatenation of dynamic sizes")
                 return
-            self.cut(p, q.size) if p.size > q.size else self.cut(q, p.size)
-        self.unify_all(left, right)
+            # A product stays one piece of its concat when it is cut, so it is replaced in the list.
+            longer, at = (left, q.size) if p.size > q.size else (right, p.size)
+            both = self.cut(longer[i], at)
+            assert both is not None
+            longer[i : i + 1] = both
+            if max(len(left), len(right)) > MAX_PIECES:
+                break
+        if i < len(left) or max(len(pieces(a)), len(pieces(b))) > MAX_PIECES:
+            self._freeze_both(a, b, "a reordering too fine to follow")
         a, b = find(a), find(b)
         if a is not b:
             self._link(a, b)

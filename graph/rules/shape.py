@@ -223,7 +223,7 @@ def cat(an: Analysis, node: Node) -> Dims:
     if type(sizes[dim]) is int:
         joined = an.concat([dims[dim] for dims in operands])
     else:
-        an.freeze_all([dims[dim] for dims in operands], "dynamic dimension")
+        an.freeze_all([dims[dim] for dims in operands], "concatenated to a dynamic size")
         joined = an.leaf(sizes[dim])
     first = operands[0]
     for dims in operands[1:]:
