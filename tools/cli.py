@@ -7,6 +7,7 @@ progress and errors to standard error. Everything heavy is imported inside the v
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -208,4 +209,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Run the command line."""
+    if not sys.stderr.isatty() or {"-q", "--quiet"} & set(sys.argv):
+        # Bars of the model libraries; tqdm reads this when it is imported, and this process is ours.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     app()
