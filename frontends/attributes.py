@@ -56,9 +56,10 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 # Counts that no removal changes; a layer index equal to a head count must not follow it.
 NEVER = frozenset(
     (
-        "layer_idx layer_id num_layers num_hidden_layers n_layers n_layer depth kernel_size stride padding dilation num_groups eps scale scaling "
-        "num_labels num_classes vocab_size padding_idx max_position_embeddings training dropout patch_size image_size "
-        "window_size scale_factor num_embeddings softmax_scale sliding_window chunk_size_feed_forward"
+        "layer_idx layer_id num_layers num_hidden_layers n_layers n_layer depth kernel_size stride padding dilation eps "
+        "num_groups scale scaling num_labels num_classes vocab_size padding_idx max_position_embeddings training dropout "
+        "patch_size image_size window_size scale_factor num_embeddings softmax_scale sliding_window "
+        "chunk_size_feed_forward"
     ).split()
 )
 

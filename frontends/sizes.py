@@ -128,15 +128,26 @@ def kept_by_leaf(graph: DepGraph, record: RemovalRecord) -> dict[Axis, np.ndarra
     return kept
 
 
+def attention_roles(graph: DepGraph) -> list[tuple[Axis, str]]:
+    """Return the axes that are something to an attention, and what."""
+    softmaxed = {leaf for axis in graph.analysis.softmaxes for leaf in leaves(axis)}
+    return [
+        (role.axis, role.name)
+        for role in graph.analysis.roles
+        if not role.witnesses or any(leaf in softmaxed for axis in role.witnesses for leaf in leaves(axis))
+    ]
+
+
 def _roles(graph: DepGraph) -> tuple[dict[Axis, str], dict[Axis, set[str]]]:
     explicit: dict[Axis, str] = {}
     by_leaf: dict[Axis, set[str]] = {}
-    for axis, role in graph.analysis.roles:
+    named = attention_roles(graph)
+    for axis, role in named:
         if find(axis).kind != LEAF or role == GROUP:
             explicit.setdefault(find(axis), role)
         for leaf in leaves(axis):
             by_leaf.setdefault(leaf, set()).add(role)
-    for axis, role in graph.analysis.roles:
+    for axis, role in named:
         # A leaf that is all of an attention's heads or widths; a group count keeps its more telling name.
         if find(axis).kind == LEAF and by_leaf[find(axis)] == {role}:
             explicit.setdefault(find(axis), role)

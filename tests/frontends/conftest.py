@@ -21,13 +21,14 @@ from graphwright.tools.zoo import timm_shim
 timm_shim.install()  # lets transformers import beside a torchvision without compiled operators
 
 VOCABULARY = 61
+LABELS = {i: str(i) for i in range(5)}
 
 
 @dataclass(frozen=True)
 class Pruned:
     """A module, the program captured from it, and the program after about half of every group is gone."""
 
-    model: nn.Module
+    model: Any
     kwargs: dict[str, Any]
     original: Program
     program: Program
@@ -61,7 +62,7 @@ def prune(
     return Pruned(model, kwargs or {}, original, program, record, graph.groups)
 
 
-def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+def seeded(build: Callable[[], nn.Module], seed: int = 0) -> Any:
     """Build a module whose every weight counts: no zeros, no statistics alike."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -116,7 +117,7 @@ def _bert(batch: int) -> tuple[nn.Module, dict[str, Any], Any]:
         num_hidden_layers=2,
         num_attention_heads=6,
         max_position_embeddings=32,
-        num_labels=5,
+        id2label=LABELS,
         initializer_range=0.2,
         pad_token_id=0,
     )
@@ -135,7 +136,7 @@ def _vit(batch: int) -> tuple[nn.Module, dict[str, Any], Any]:
         num_attention_heads=6,
         image_size=16,
         patch_size=8,
-        num_labels=5,
+        id2label=LABELS,
         initializer_range=0.2,
     )
     return seeded(lambda: ViTForImageClassification(config)), {"pixel_values": normal(batch, 3, 16, 16)}, None
@@ -145,13 +146,13 @@ def _resnet(batch: int) -> tuple[nn.Module, dict[str, Any], Any]:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 12, 16], depths=[2, 1, 1], layer_type="bottleneck", num_labels=5
+        embedding_size=8, hidden_sizes=[8, 12, 16], depths=[2, 1, 1], layer_type="bottleneck", id2label=LABELS
     )
     return seeded(lambda: ResNetForImageClassification(config)), {"pixel_values": normal(batch, 3, 16, 16)}, None
 
 
 def _unet(batch: int) -> tuple[nn.Module, dict[str, Any], Any]:
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     def build() -> nn.Module:
         return UNet2DModel(
@@ -169,7 +170,7 @@ def _unet(batch: int) -> tuple[nn.Module, dict[str, Any], Any]:
 
 
 def _conditional_unet(batch: int) -> tuple[nn.Module, dict[str, Any], Any]:
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     def build() -> nn.Module:
         return UNet2DConditionModel(
@@ -209,7 +210,7 @@ def pruned_model(name: str) -> Pruned:
 
 
 @cache
-def written_model(name: str) -> nn.Module:
+def written_model(name: str) -> Any:
     """Write the removal back to one of the six, once. Not to be changed: copy it first."""
     from graphwright.frontends.write_back import write_back
 
@@ -217,17 +218,17 @@ def written_model(name: str) -> nn.Module:
     return write_back(case.model, case.program, case.record)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pruned() -> Callable[[str], Pruned]:
     return pruned_model
 
 
-@pytest.fixture
-def written() -> Callable[[str], nn.Module]:
+@pytest.fixture(scope="session")
+def written() -> Callable[[str], Any]:
     return written_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tools() -> Any:
     """The helpers above, for tests that make their own models."""
     from types import SimpleNamespace
