@@ -153,7 +153,7 @@ def coupling_groups(an: Analysis, gm: GraphModule, tensors: Sequence[TensorDims]
                 reasons,
                 bound,
                 _step(leaf, bound),
-                max((c.groups for c in bound if find(c.axis) is leaf), default=1),
+                _blocks(leaf, bound),
                 leaf,
             )
         )
@@ -233,3 +233,10 @@ def _step(leaf: Axis, constraints: Iterable[Constraint]) -> int:
         per_index = positions(constraint.axis, leaf).shape[1]
         step = int(np.lcm(step, constraint.groups // np.gcd(constraint.groups, per_index)))
     return step
+
+
+def _blocks(leaf: Axis, constraints: Iterable[Constraint]) -> int:
+    """Return how many equal blocks keep every channel in its group of every group norm over this axis alone."""
+    counts = [c.groups for c in constraints if find(c.axis) is leaf]
+    blocks = int(np.lcm.reduce(counts)) if counts else 1
+    return blocks if leaf.size % blocks == 0 else max(counts)
