@@ -85,6 +85,7 @@ def periodic_arguments(graph: Any) -> set[str]:
     """
     producer = {output: node for node in graph.node for output in node.output}
     matrices = {tensor.name for tensor in graph.initializer if sum(size > 1 for size in tensor.dims) > 1}
+    matrices |= {node.output[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in matrices}
     queue = deque(node for node in graph.node if node.op_type in _PERIODIC)
     found = {node.name for node in queue}
     while queue:
