@@ -9,6 +9,7 @@ from .base import Analysis, AxesRule, Dims, Resizer, arg, out_sizes, set_arg
 
 SPATIAL = "spatial size"
 KERNEL = "kernel size"
+DYNAMIC_GROUPS = "a convolution with a dynamic number of groups"
 
 
 class _Positions:
@@ -57,6 +58,10 @@ def _axes_of(an: Analysis, node: Node) -> tuple[Axis, Axis, Dims]:
 def convolution(an: Analysis, node: Node) -> Dims:
     """``x[batch, in, s...]`` to ``[batch, out, s'...]``; unbatched inputs have no first dimension."""
     x = an.of(arg(node, 0, "input"))
+    if not isinstance(_Positions.groups(node), int):
+        for n in node.all_input_nodes:
+            an.freeze_all(an.of(n), DYNAMIC_GROUPS)
+        return an.fresh(node.meta["val"], DYNAMIC_GROUPS)
     cin, cout, weight = _axes_of(an, node)
     bias = an.of(arg(node, 2, "bias"))
     if bias:

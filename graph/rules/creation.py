@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from .base import Analysis, AxesRule, Dims, Value, resize_shape
-from .elementwise import DRAWN
+from .base import Analysis, AxesRule, Dims, Value, out_sizes, resize_shape
+from .elementwise import COMPUTED, DRAWN
 
 BY_VALUE = "counted or picked by value"
 POSITIONS = "values made from positions"
 
 
 def fill(an: Analysis, node: Node) -> Dims:
-    """The same value everywhere: any index may go."""
-    return an.fresh(node.meta["val"])
+    """The same value everywhere: any index may go, but a computed size (batch times heads) is no literal to change."""
+    return tuple(an.leaf(size, None if type(size) is int else COMPUTED) for size in out_sizes(node))
 
 
 def positional(an: Analysis, node: Node) -> Dims:

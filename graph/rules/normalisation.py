@@ -63,9 +63,12 @@ def group_norm(an: Analysis, node: Node) -> Dims:
     """Statistics over channel groups and space; the number of groups stays, so channels stay divisible by it."""
     x = an.of(arg(node, 0, "input"))
     groups = arg(node, 1, "num_groups")
-    if groups < x[1].size:
+    if groups != x[1].size:
         an.label(x[1], STATISTICS)
-    an.divisible(x[1], groups)
+    if type(x[1].size) is int:
+        an.divisible(x[1], groups)
+    elif groups > 1:
+        an.freeze(x[1], "groups of a dynamic number of channels")
     if groups == x[1].size:
         an.freeze(x[1], "group norm with one channel per group: the number of groups is fixed")
     an.freeze_all(x[2:], "statistics over space")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
 
-from ..axes import Axis, Size
+from ..axes import Axis, Size, factors
 from .base import Analysis, AxesRule, Dims, Resizer, Value, arg, out_sizes, resize_shape
+from .elementwise import COMPUTED
 
 DYNAMIC_CUT = "cut at a dynamic position"
 OVERLAPPING = "cut into overlapping sections"
@@ -74,7 +76,7 @@ def _stretch(an: Analysis, x: Dims, sizes: Sequence[Size]) -> Dims:
         if i >= shift and x[i - shift].size == size:
             out.append(x[i - shift])
         else:
-            axis = an.leaf(size)
+            axis = an.leaf(size, None if type(size) is int else COMPUTED)
             an.role(axis, "head group")
             out.append(axis)
     return tuple(out)
@@ -100,7 +102,7 @@ def repeat(an: Analysis, node: Node) -> Dims:
         if t == 1:
             out.append(axis)
         elif axis.size == 1:
-            out.append(an.leaf(size))
+            out.append(an.leaf(size, None if type(size) is int else COMPUTED))
         elif isinstance(t, int):
             out.append(an.product([an.leaf(t, "repeated"), axis]))
         else:
@@ -146,9 +148,15 @@ def resize_repeat_interleave(rz: Resizer, node: Node) -> None:
     d = dim % len(x)
     if not rz.changed(out[d]):
         return  # the size may be symbolic, which is no literal
-    node.update_arg(1, rz.size(out[d]) // rz.size(x[d]))
+    node.update_arg(1, _static_size(rz, out[d]) // _static_size(rz, x[d]))
     if node.kwargs.get("output_size") is not None:
-        node.update_kwarg("output_size", rz.size(out[d]))
+        static = type(out[d].size) is int
+        node.kwargs = {"output_size": rz.size(out[d])} if static else {}  # a computed size: let it be computed anew
+
+
+def _static_size(rz: Resizer, axis: Axis) -> int:
+    """Return the size after the removal without the factors that are dynamic."""
+    return math.prod(rz.size(f) for f in factors(axis) if type(f.size) is int)
 
 
 def transpose(an: Analysis, node: Node) -> Dims:
