@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,12 +33,16 @@ def legal_width(group: CouplingGroup, wanted: float, initial: int, limits: Limit
     Legal widths are ``group.size`` minus a multiple of ``group.step``, not below the floor. Among those, multiples of
     ``round_to`` are preferred; where there is none, the group stays as wide as the nearest legal width.
     """
-    floor = max(1, limits.min_width, initial - int(limits.max_ratio * initial + 1e-9))
-    floor = min(floor, group.size)
+    floor = least_width(group, initial, limits)
     widths = [w for w in range(group.size, floor - 1, -group.step)]
     aligned = [w for w in widths if w % limits.round_to == 0]
     # A group that would have to stay whole for alignment's sake may still do so: its own width is always legal.
     return min(aligned or [group.size], key=lambda w: (abs(w - wanted), -w))
+
+
+def least_width(group: CouplingGroup, initial: int, limits: Limits) -> int:
+    """Return the narrowest width that the limits allow, at most the group's own and at least 1."""
+    return min(group.size, max(1, limits.min_width, initial - int(limits.max_ratio * initial + 1e-9)))
 
 
 def local_widths(
@@ -52,25 +57,35 @@ def global_widths(
     scores: Mapping[str, Tensor],
     ratios: Mapping[str, float],
     initial: Mapping[str, int],
+    limits: Limits = Limits(),
 ) -> dict[str, float]:
     """All indices of all groups compete: the lowest go until the overall fraction is gone.
 
-    Groups with different ratios compete among those with the same ratio.
+    Groups with different ratios compete among those with the same ratio. The highest scores of each group, as many as
+    must stay, do not compete, so that others go in their place.
     """
     widths: dict[str, float] = {}
     for ratio in sorted({ratios[g.name] for g in groups}):
         pool = [g for g in groups if ratios[g.name] == ratio]
-        everything = torch.cat([scores[g.name] for g in pool])
+        everything = torch.cat([_competing(scores[g.name], least_width(g, initial[g.name], limits)) for g in pool])
         total = sum(initial[g.name] for g in pool)
         remove = max(0, len(everything) - (total - int(total * ratio + 1e-9)))
-        lowest = torch.zeros(len(everything), dtype=torch.bool)
         # Positions, not a threshold: with equal scores a threshold removes all of them or none.
+        lowest = torch.zeros(len(everything), dtype=torch.bool)
         lowest[torch.argsort(everything, stable=True)[:remove]] = True
+        lowest &= ~torch.isinf(everything)
         offset = 0
         for group in pool:
             widths[group.name] = group.size - int(lowest[offset : offset + group.size].sum())
             offset += group.size
     return widths
+
+
+def _competing(scores: Tensor, least: int) -> Tensor:
+    """Return the scores with the ``least`` highest out of reach."""
+    out = scores.clone()
+    out[torch.argsort(scores, descending=True, stable=True)[:least]] = math.inf
+    return out
 
 
 def select(group: CouplingGroup, scores: Tensor, width: int) -> list[int]:

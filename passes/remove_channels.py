@@ -166,7 +166,7 @@ class RemoveChannels(Pass):
         if self.scope == "local":
             wanted = local_widths(groups, ratios, initial)
         else:
-            wanted = global_widths(groups, scores, ratios, initial)
+            wanted = global_widths(groups, scores, ratios, initial, Limits(self.max_ratio, self.min_width))
         keep = {}
         for g in groups:
             # Alignment is about the widths of matrices; the number of heads is a batch dimension.

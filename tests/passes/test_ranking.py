@@ -99,6 +99,15 @@ def test_global_ranking_counts_what_earlier_steps_removed() -> None:
     assert global_widths(groups, scores, {"a": 0.1, "b": 0.1}, {"a": 8, "b": 8}) == {"a": 6, "b": 7}
 
 
+def test_what_must_stay_does_not_compete_so_that_others_go_in_its_place() -> None:
+    groups = [group(4, "a"), group(4, "b")]
+    scores = {"a": torch.zeros(4), "b": torch.ones(4)}
+    ratios, initial = {"a": 0.5, "b": 0.5}, {"a": 4, "b": 4}
+    assert global_widths(groups, scores, ratios, initial) == {"a": 1, "b": 3}
+    assert global_widths(groups, scores, ratios, initial, Limits(max_ratio=0.5)) == {"a": 2, "b": 2}
+    assert global_widths(groups, scores, ratios, initial, Limits(min_width=3)) == {"a": 3, "b": 3}
+
+
 def test_groups_with_different_ratios_compete_apart() -> None:
     groups = [group(4, "a"), group(4, "b")]
     scores = {"a": torch.zeros(4), "b": torch.ones(4)}
