@@ -207,8 +207,9 @@ def _prior(config: Any, draw: Draw) -> dict[str, Any]:
 
 def _cogvideox(config: Any, draw: Draw) -> dict[str, Any]:
     size = (int(config.sample_height), int(config.sample_width))
+    frames = (int(config.sample_frames) - 1) // int(config.temporal_compression_ratio) + 1
     return {
-        "hidden_states": draw.normal(BATCH, FRAMES, int(config.in_channels), *size),
+        "hidden_states": draw.normal(BATCH, frames, int(config.in_channels), *size),
         "encoder_hidden_states": draw.normal(BATCH, int(config.max_text_seq_length), int(config.text_embed_dim)),
         "timestep": draw.timesteps(),
     }

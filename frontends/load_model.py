@@ -101,7 +101,7 @@ def _load(spec: str, options: Options) -> tuple[nn.Module, Inputs | None, tuple[
         return (*_builtin(spec), ())
     name, _, part = spec.partition("#")
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _directory(path, part or None, options)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -142,12 +142,17 @@ def _directory(path: Path, part: str | None, options: Options) -> tuple[nn.Modul
 
 
 def _inputs_of(program: Program) -> Inputs:
+    """Return the program's inputs as its module takes them, whose positional inputs are called arg0, arg1, ..."""
     args, kwargs = program.example_inputs()
-    dynamic = {
-        spec.name: {dim: size for dim, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in program.inputs
-    }
-    return args, kwargs, {name: dims for name, dims in dynamic.items() if dims}
+    positional, _ = program.in_spec.children()
+    heads = [f"arg{i}" for i, child in enumerate(positional.children()) for _ in range(child.num_leaves)]
+    dynamic: dict[str, dict[int, str]] = {}
+    for i, spec in enumerate(program.inputs):
+        head, dot, rest = spec.name.partition(".")
+        dims = {dim: size for dim, size in enumerate(spec.shape) if isinstance(size, str)}
+        if dims:
+            dynamic[(heads[i] if i < len(heads) else head) + dot + rest] = dims
+    return args, kwargs, dynamic
 
 
 # ---------------------------------------------------------------------- factories
