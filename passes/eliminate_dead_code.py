@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from ..graph.program import Program
 from .base import Context, Pass, PassResult
+from .unread import drop_unread
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class EliminateDeadCode(Pass):
                 erased += 1
         if erased:
             gm.delete_all_unused_submodules()
-            _drop_unread(program)
+            drop_unread(gm)
         unread = before - len(program.tensors())
         return PassResult(erased > 0, {"nodes_removed": erased, "tensors_dropped": unread})
 
@@ -44,13 +45,3 @@ def has_effect(node: Node) -> bool:
         return True
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
-
-
-def _drop_unread(program: Program) -> None:
-    gm = program.graph_module
-    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
-    for prefix, module in gm.named_modules():
-        for registry in (module._parameters, module._buffers):
-            for name in list(registry):
-                if (f"{prefix}.{name}" if prefix else name) not in read:
-                    del registry[name]

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from ..graph.program import Program, get_tensor, set_tensor
 from .base import Context, Pass, PassResult, Skipped
+from .unread import drop_unread
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.conv2d.padding)
@@ -31,6 +32,7 @@ class FoldBatchNorm(Pass):
     def rewrite(self, program: Program, ctx: Context) -> PassResult:
         gm = program.graph_module
         folded, skipped = 0, list[Skipped]()
+        read_before = set(program.tensors())
         for norm in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
             reason = refusal(gm, norm)
             if reason is not None:
@@ -38,6 +40,8 @@ class FoldBatchNorm(Pass):
                 continue
             _fold(gm, norm)
             folded += 1
+        if folded:
+            drop_unread(gm, read_before)
         return PassResult(folded > 0, {"batch_norms_folded": folded}, tuple(skipped))
 
 
@@ -81,7 +85,8 @@ def _fold(gm: GraphModule, norm: Node) -> None:
     scale = torch.rsqrt(var.double() + eps)  # type: ignore[operator]
     if gamma is not None:
         scale = scale * gamma.double()
-    bias = _tensor(gm, layer.args[2] if len(layer.args) > 2 else None)
+    old_bias = layer.args[2] if len(layer.args) > 2 else None
+    bias = _tensor(gm, old_bias)
     shift = (torch.zeros_like(scale) if bias is None else bias.double()) - mean.double()
     shift = shift * scale + (0 if beta is None else beta.double())
     shape = [-1] + [1] * (weight.dim() - 1)
@@ -95,7 +100,7 @@ def _fold(gm: GraphModule, norm: Node) -> None:
     layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
     layer.meta["rewritten_by"] = FoldBatchNorm.name
     norm.replace_all_uses_with(layer)
-    sources = [a for a in norm.args[1:5] if isinstance(a, Node)]
+    sources = [a for a in (*norm.args[1:5], old_bias) if isinstance(a, Node)]
     gm.graph.erase_node(norm)
     for source in sources:
         if not source.users:
