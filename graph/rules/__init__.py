@@ -62,8 +62,10 @@ def register_rule(
         resize: Rewrites the node's literal arguments from ``resizer.size(axis)``, where they hold a size.
 
     Raises:
-        ValueError: The operator has a rule already.
+        ValueError: The operator has a rule already, or is a family of overloads, of which a graph never holds but one.
     """
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        raise ValueError(f"{target} has several overloads; register one of them, such as {target}.default")
     if rule_for(target) is not None:
         raise ValueError(f"{target} has a rule already")
     _foreign[target] = AxesRule(axes, resize)
