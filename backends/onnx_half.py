@@ -19,15 +19,10 @@ BLOCKED_OPERATORS = (
     "LpNormalization",
     "Softmax",
     "LogSoftmax",
-    # the parts of a norm that the exporter did not recognise
-    "Pow",
-    "ReduceMean",
-    "ReduceSum",
-    "ReduceSumSquare",
-    "ReduceL2",
-    "Sqrt",
-    "Reciprocal",
 )
+# The parts of a norm that the exporter did not recognise, and what stands between them.
+STATISTICS = ("Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal")
+_BETWEEN_STATISTICS = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Clip", "Neg", "Identity")
 RECURRENT = ("LSTM", "GRU", "RNN")
 
 # Position times frequency: at 1000 a float16 has steps of 0.5, and a sine needs its argument to a fraction of that.
@@ -67,14 +62,54 @@ def convert_to_float16(source: Path, target: Path) -> int:
         model,
         keep_io_types=True,
         disable_shape_infer=True,  # every value has its type; inference would serialise the weights, 2 GB at most
-        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *BLOCKED_OPERATORS],
-        node_block_list=sorted(periodic_arguments(model.graph)),
+        op_block_list=[*DEFAULT_OP_BLOCK_LIST, *BLOCKED_OPERATORS, *STATISTICS],
+        node_block_list=sorted(periodic_arguments(model.graph) | between_statistics(model.graph)),
     )
-    # The converter appends its casts at the end.
     model = onnx_ir.from_proto(converted)
-    model.graph.sort()
+    model.graph.sort()  # the converter appends its casts at the end
+    _join_float32_nodes(model)
     onnx_ir.save(model, target, external_data=f"{target.name}.data")
     return len(converted.graph.node)
+
+
+def _join_float32_nodes(model: Any) -> None:
+    """Let a float32 node read the float32 result of another one.
+
+    The converter puts a cast to float16 behind every float32 node and a cast back in front of the next, which rounds
+    what was to be kept exact, and overflows.
+    """
+    import onnx_ir
+
+    full, half = onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "Cast" or node.outputs[0].dtype != full or node.outputs[0].is_graph_output():
+            continue
+        down = node.inputs[0].producer()
+        if down is None or down.op_type != "Cast" or node.inputs[0].dtype != half or down.inputs[0].dtype != full:
+            continue
+        node.outputs[0].replace_all_uses_with(down.inputs[0])
+        node.graph.remove(node, safe=True)
+        if not down.outputs[0].uses() and not down.outputs[0].is_graph_output():
+            down.graph.remove(down, safe=True)
+
+
+def between_statistics(graph: Any) -> set[str]:
+    """Return the names of the nodes of an ``onnx.GraphProto`` that compute with nothing but statistics and constants.
+
+    Such as the addition of epsilon between a mean of squares and its root.
+    """
+    constant = {tensor.name for tensor in graph.initializer} | {""}
+    constant |= {output for node in graph.node if node.op_type == "Constant" for output in node.output}
+    statistics: set[str] = set()
+    found: set[str] = set()
+    for node in graph.node:
+        varying = [name for name in node.input if name not in constant]
+        if node.op_type in STATISTICS:
+            statistics.update(node.output)
+        elif node.op_type in _BETWEEN_STATISTICS and varying and statistics.issuperset(varying):
+            statistics.update(node.output)
+            found.add(node.name)
+    return found
 
 
 def periodic_arguments(graph: Any) -> set[str]:
