@@ -24,7 +24,7 @@ from .program import Program, get_tensor
 from .rules import Analysis, rule_for
 from .rules.base import is_tensor
 
-INPUT, OUTPUT = "program input", "program output"
+INPUT, OUTPUT, UNREAD = "program input", "program output", "no operator reads it"
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def analyse(program: Program) -> Analysis:
     an = Analysis()
     gm = program.graph_module
     shared: dict[int, Any] = {}
+    read = _read(program)
     for node in gm.graph.nodes:
         an.node = node
         if node.op == "call_function":
@@ -160,7 +161,7 @@ def analyse(program: Program) -> Analysis:
             # Two names of one tensor (tied weights) are one tensor.
             key = _identity(tensor)
             if key not in shared:
-                shared[key] = an.fresh(tensor)
+                shared[key] = an.fresh(tensor, None if key in read else UNREAD)
             an.dims[node] = shared[key]
         elif node.op == "placeholder":
             value = node.meta.get("val")
@@ -173,6 +174,13 @@ def analyse(program: Program) -> Analysis:
             an.dims[node] = _unknown(an, node)
     an.node = None
     return an
+
+
+def _read(program: Program) -> set[Any]:
+    """Return the identities of the tensors that some operator reads, under any of their names."""
+    attributes = (n for n in program.nodes if n.op == "get_attr" and n.users)
+    tensors = (get_tensor(program.graph_module, str(n.target)) for n in attributes)
+    return {_identity(t) for t in tensors if t is not None}
 
 
 def _identity(tensor: Tensor) -> Any:
