@@ -72,7 +72,7 @@ def capture(
         except Exception:
             raise _capture_error(model, err) from err
         labels = {}
-        notes.append(f"the batch is static: {_first_line(err)}")
+        notes.append(f"the batch is static: {_first_line(_capture_error(model, err))}")
         logger.warning("%s: %s", type(model).__name__, notes[-1])
     gm = exported.module(check_guards=False)
     assert isinstance(gm, GraphModule)
@@ -106,7 +106,7 @@ def _export(
     try:
         for module, _ in modes:
             module.training = False
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes if labels else None, strict=False)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -191,6 +191,9 @@ def _capture_error(model: nn.Module, err: Exception) -> CaptureError:
         advice = "the forward branches on the values of a tensor; pass such flags as Python constants"
     elif "DynamicCache" in message or "Cache" in message:
         advice = "pass use_cache=False (or set it in the model's config): caches are not captured"
+    elif "tree_name" in message:
+        message = "it cannot make a dimension dynamic beside an input that forward takes through **kwargs"
+        advice = "drop that input (set it in the model's config), or capture with dynamic={}"
     else:
         advice = "run torch.export.export(model, args, kwargs, strict=False) for the full report"
     return CaptureError(f"torch.export could not capture {type(model).__name__}: {message.strip()}\n{advice}")
