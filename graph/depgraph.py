@@ -162,6 +162,8 @@ def analyse(program: Program) -> Analysis:
             key = _identity(tensor)
             if key not in shared:
                 shared[key] = an.fresh(tensor, None if key in read else UNREAD)
+            if isinstance(tensor, nn.Parameter):
+                an.parameters.add(node)
             an.dims[node] = shared[key]
         elif node.op == "placeholder":
             value = node.meta.get("val")

@@ -220,7 +220,7 @@ def _summed(node: Node) -> list[Node]:
     """Return the operands of a sum or contraction."""
     name = str(node.target)
     if "scaled_dot_product" in name:
-        return list(node.all_input_nodes[:2])
+        return [n for n in node.args[:2] if isinstance(n, Node)]
     if "addmm" in name or "baddbmm" in name:
         return [n for n in node.args[1:3] if isinstance(n, Node)]
     return list(node.all_input_nodes)

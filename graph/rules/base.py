@@ -18,6 +18,10 @@ from torch.fx import Node
 from ..axes import CONCAT, Axes, Axis, Size, factors, find, pieces
 
 Dims = tuple[Axis, ...]
+_MOVES = frozenset(
+    f"aten::{name}" for name in "view reshape transpose t mT permute slice select unsqueeze squeeze".split()
+)
+
 # The dims of a node's value: one tensor's, a tuple of those for several outputs, None for what is no tensor.
 Value = Any
 
@@ -69,6 +73,8 @@ class Analysis(Axes):
         softmaxes: Axes that a softmax runs over.
         constraints: Divisibility of normalised dimensions.
         unknown: Nodes whose operator has no rule; all they touch is frozen.
+        weights: Nodes computed from parameters and constants alone.
+        parameters: Nodes that read a parameter, which masking sets to zero.
     """
 
     def __init__(self) -> None:
@@ -81,6 +87,7 @@ class Analysis(Axes):
         self.constraints: list[Constraint] = []
         self.unknown: list[Node] = []
         self.weights: set[Node] = set()
+        self.parameters: set[Node] = set()
 
     def of(self, arg: object) -> Dims:
         """Return the dims of a tensor-valued argument; a number has none."""
@@ -119,6 +126,12 @@ class Analysis(Axes):
     def is_weight(self, arg: object) -> bool:
         """Whether ``arg`` is computed from parameters and constants alone."""
         return isinstance(arg, Node) and arg in self.weights
+
+    def is_masked(self, arg: object) -> bool:
+        """Whether ``arg`` is a parameter with its entries at most moved about, so that masking makes it zero."""
+        while isinstance(arg, Node) and getattr(getattr(arg.target, "_schema", None), "name", "") in _MOVES:
+            arg = arg.args[0]
+        return isinstance(arg, Node) and arg in self.parameters
 
     def broadcast(self, operands: Sequence[Dims], out: Sequence[Size]) -> Dims:
         """Unify right-aligned dims; a size of 1 stretches and is no relation."""

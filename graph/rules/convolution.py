@@ -68,7 +68,7 @@ def convolution(an: Analysis, node: Node) -> Dims:
         an.unify(cout, bias[0])
     lead = len(x) - len(weight) + 1  # 1 with a batch dimension, else 0
     an.unify(x[lead], cin)
-    if not an.is_weight(arg(node, 1, "weight")):
+    if not an.is_masked(arg(node, 1, "weight")):
         an.sum_over(cin)
     spatial = x[lead + 1 :]
     an.freeze_all(spatial, SPATIAL)

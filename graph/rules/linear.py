@@ -149,8 +149,8 @@ def grouped_mm(an: Analysis, node: Node) -> Dims:
 
 
 def _sum_over(an: Analysis, axis: Axis, operands: Sequence[object]) -> None:
-    """A contraction with a weight is exact: the weight's slice goes. One of two activations needs a zero."""
-    if not any(an.is_weight(operand) for operand in operands):
+    """A contraction with a parameter is exact: the parameter's slice goes. Anything else needs a zero."""
+    if not any(an.is_masked(operand) for operand in operands):
         an.sum_over(axis)
 
 

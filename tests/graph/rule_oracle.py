@@ -221,6 +221,7 @@ class Bound:
                 self.analysis.dims[node] = self.analysis.fresh(value)
                 if isinstance(value, nn.Parameter):
                     self.analysis.weights.add(node)
+                    self.analysis.parameters.add(node)
             return placed[id(value)]
 
         args, kwargs = pytree.tree_map(place, (list(made.args), made.kwargs))
