@@ -1,5 +1,7 @@
 """Guards in the names of dimensions, and repairs of the converted model."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,8 +66,8 @@ def test_dimension_that_torch_fixes_is_refused() -> None:
         convert(flat, program.example, 23)
 
 
-def rotary_model(table_batch: int | str) -> tuple:
-    def value(name: str, shape: list) -> object:
+def rotary_model(table_batch: int | str) -> Any:
+    def value(name: str, shape: list[int | str]) -> Any:
         return onnx_ir.Value(name=name, shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
 
     x, angles = value("x", ["batch", 2, 5, 4]), value("angles", [table_batch, 5, 2])

@@ -18,6 +18,8 @@ pytest.importorskip("onnxruntime")
 class Timed(nn.Module):
     """A time embedding with arguments up to 999, where float16 has steps of 0.5, and a norm whose squares overflow."""
 
+    frequencies: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, -3, 8))
