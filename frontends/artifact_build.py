@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..graph.errors import ArtifactError
@@ -21,19 +21,19 @@ FACTORY_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 # Implementations of attention that come with the libraries; any other name may fetch code.
 ATTENTION = ("eager", "sdpa")
 
-_RANDOM_FILLS = frozenset(
-    getattr(Tensor, name)
-    for name in "uniform_ normal_ exponential_ log_normal_ cauchy_ geometric_ bernoulli_ random_ erfinv_".split()
-)
+# Initialisers that torch lets a mode take over; sampling methods of tensors are left alone, since some
+# initialisers repeat them until the values please.
+_INITIALISERS = frozenset((nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_))
 
 
-class _NoRandomFill(TorchFunctionMode):
-    """Leaves tensors as they are where they would be filled with random numbers, in this thread only."""
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves tensors as they are where most layers would fill them with random numbers, in this thread only."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _RANDOM_FILLS:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _INITIALISERS:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def class_name(kind: type) -> str:
@@ -69,7 +69,7 @@ def build(base: Mapping[str, Any], config: str | None, allowed: bool | tuple[str
         cls = _library_class(kind, base.get("class"))
         values = _config_values(config)
         try:
-            with _NoRandomFill():
+            with _NoInitialisation():
                 return _transformers(cls, values, base) if kind == "transformers" else cls.from_config(values)
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ImportError) as err:
             raise ArtifactError(f"{cls.__name__} cannot be built from config.json: {first_line(err)}") from err

@@ -35,6 +35,7 @@ class ScaleKeeper:
     Attributes:
         classes: Module path to the class it was given and its scale.
         scaled: Parameter name to the factor that some of its rows were multiplied by.
+        paths: Modules inside which queries, keys and scores differ by a factor from the program's, and rightly.
     """
 
     def __init__(self, work: nn.Module, graph: DepGraph, sizes: SizeChanges, removal: RemovalRecord) -> None:
@@ -43,6 +44,7 @@ class ScaleKeeper:
         self.removal = removal
         self.classes: dict[str, tuple[str, float]] = {}
         self.scaled: dict[str, float] = {}
+        self.paths: set[str] = set()
         self._modules = dict(work.named_modules(remove_duplicate=False))
 
     def keep(self) -> None:
@@ -80,6 +82,7 @@ class ScaleKeeper:
                     self._parameter(name).copy_(tensor)
             for name in set(self.scaled) - set(before):
                 del self.scaled[name]
+            self.paths.discard(path)
 
         return undo if set(self.scaled) != set(before) else None
 
@@ -128,6 +131,7 @@ class ScaleKeeper:
         norms = {n: m for n, m in carriers.items() if not self._is_projection(n)}
         chosen = norms or carriers
         factor = math.sqrt(new / old)
+        self.paths.add(path)
         owners = {name.rpartition(".")[0] for name in chosen}
         for name, members in chosen.items():
             self._scale(name, members, math.sqrt(factor) if len(owners) > 1 or not norms else factor)

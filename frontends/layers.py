@@ -16,7 +16,7 @@ from .sizes import module_paths
 
 def is_layer(module: nn.Module) -> bool:
     """Whether the attributes of ``module`` follow from its own tensors."""
-    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, nn.MultiheadAttention)
+    return isinstance(module, tuple(kind for kinds, _ in _LAYERS for kind in _flat(kinds))) or _is_conv1d(module)
 
 
 def layer_attributes(module: nn.Module, literals: Mapping[str, Any]) -> dict[str, Value]:
@@ -30,11 +30,20 @@ def layer_attributes(module: nn.Module, literals: Mapping[str, Any]) -> dict[str
         if isinstance(module, kind):
             values = derive(module, literals)
             return {name: value for name, value in values.items() if value is not None}
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor):
-        # transformers' linear layer with a transposed weight [in, out].
+    if _is_conv1d(module):
+        weight: Any = module.weight
         return {"nx": weight.shape[0], "nf": weight.shape[1]}
     return {}
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' linear layer with a transposed weight ``[in, out]``."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor)
+
+
+def _flat(kinds: Any) -> tuple[type, ...]:
+    return kinds if isinstance(kinds, tuple) else (kinds,)
 
 
 def _linear(m: nn.Linear, _: Mapping[str, Any]) -> dict[str, Any]:

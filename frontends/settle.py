@@ -165,8 +165,7 @@ class Settler:
         reads = attribute_reads(self.model, run)
 
         def check() -> Departure | None:
-            rescaled = frozenset(name.rpartition(".")[0] for name in self.done.scaled)
-            return first_departure(self.work, run, values, ignore, rescaled)[0]
+            return first_departure(self.work, run, values, ignore, frozenset(self._scales.paths))[0]
 
         departure = check()
         while departure is not None:

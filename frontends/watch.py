@@ -149,7 +149,7 @@ def first_departure(
         run: Calls it with the inputs that ``values`` was made with.
         values: Of the program.
         ignore: Calls ``(path, how many earlier calls of that path)`` that match nothing even in a correct module.
-        rescaled: Paths of modules whose results rightly differ from the program's by a factor.
+        rescaled: Paths of modules inside which values rightly differ from the program's by a factor.
 
     Returns:
         The first departure, None if there is none, and the calls that matched nothing (all of them, if the run
@@ -204,7 +204,8 @@ class _Watcher:
             self.stack.pop()
             call = (path, self.count.get(path, 0))
             self.count[path] = call[1] + 1
-            unknown = [] if path in self.rescaled else [t for t in tensors_of(output) if not self._known(t)]
+            inside = any(path != outer and (not outer or path.startswith(f"{outer}.")) for outer in self.rescaled)
+            unknown = [] if inside else [t for t in tensors_of(output) if not self._known(t)]
             if not unknown:
                 self.calls += 1
             elif call in self.ignore:

@@ -154,7 +154,7 @@ def test_large_models_go_into_several_files(written, tmp_path):
     folder = save(written("resnet"), tmp_path / "x", max_shard_size="1KB")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
-    assert len(files) > 3 and not (folder / "model.safetensors").exists()
+    assert len(files) > 2 and not (folder / "model.safetensors").exists()
     assert all((folder / name).stat().st_size > 0 for name in files)
     loaded = load(folder)
     assert all(torch.equal(a, b) for a, b in zip(written("resnet").parameters(), loaded.parameters(), strict=True))

@@ -46,8 +46,8 @@ def outputs(module, kwargs):
 def assert_same(got, want):
     assert len(got) == len(want) > 0
     for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape and float(b.std()) > 1e-2, "an output near zero compares with anything"
-        assert float((a - b).abs().max()) <= CLOSE * float(b.abs().max())
+        assert a.shape == b.shape and b.std().item() > 1e-2, "an output near zero compares with anything"
+        assert (a - b).abs().max() <= CLOSE * b.abs().max()
 
 
 # ---------------------------------------------------------------------- six library classes
