@@ -93,7 +93,7 @@ def test_shift_by_one_ties_all_indices() -> None:
 def test_thousands_of_cuts_do_not_exhaust_the_stack() -> None:
     axes = Axes()
     x, time = axes.leaf(3000), axes.leaf(3000, "time steps")
-    for i in range(0, 3000):
+    for i in range(3000):
         section = axes.section(time, i, i + 1)
         assert section is not None and why(section) == "time steps"
     for i in range(0, 2000, 2):

@@ -157,6 +157,14 @@ def where_with_scalars_on_either_side(d: Draw) -> Call:
     )
 
 
+@table("masked_fill")
+def masked_fill_with_a_tensor(d: Draw) -> Call:
+    x = d.tensor(*d.shape(1, 3))
+    mask = d.booleans(*d.stretched(x.shape))
+    op = d.pick(aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
+    return call(op, x, mask, d.tensor(), expect=f"{'f' * x.dim()} {'f' * mask.dim() or '-'} -")
+
+
 @table("prelu")
 def prelu_with_a_slope_per_channel_or_one(d: Draw) -> Call:
     x = d.tensor(*d.shape(1, 4))
@@ -264,6 +272,14 @@ def test_elementwise_operator_commutes_with_removal(case: Case) -> None:
 @pytest.mark.parametrize("case", schema_cases(TAGGED))
 def test_operator_tagged_pointwise_commutes_with_removal(case: Case) -> None:
     check_case(case, share=0.2)
+
+
+def test_pointwise_operator_with_several_results_commutes() -> None:
+    def frexp(d: Draw) -> Call:
+        x = d.tensor(*d.shape(1, 3))
+        return call(aten.frexp.Tensor, x, expect="f" * x.dim(), out=f"{'f' * x.dim()} {'f' * x.dim()}")
+
+    check_case(Case(("frexp",), frexp))
 
 
 @pytest.mark.parametrize("name", sorted(elementwise.ZERO_PRESERVING - {"data", "to", "prelu", "view_as_complex"}))
