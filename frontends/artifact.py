@@ -43,7 +43,7 @@ from .artifact_record import (
 from .artifact_state import check_no_meta, collect, read_tensors, take, write_tensors
 from .fixture import fingerprint, quiet, realise, same_fingerprint, tensors_of
 from .watch import first_line
-from .write_back import RECORD, WriteBackRecord
+from .write_back import RECORD, WriteBackRecord, config_text
 
 GENERATION_FILE = "generation_config.json"
 
@@ -164,10 +164,17 @@ def _base(model: nn.Module, record: WriteBackRecord, factory: str | None) -> dic
     base = {
         "kind": type(model).__module__.split(".")[0],
         "class": class_name(type(model)),
-        "config_sha256": hashlib.sha256(record.config.encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(_config(model, record).encode()).hexdigest(),
     }
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return base | ({"attention": attention} if isinstance(attention, str) else {})
+
+
+def _config(model: nn.Module, record: WriteBackRecord) -> str:
+    """Return the configuration without the sizes that write-back set, with what the caller has set since."""
+    resized = any(name.startswith("config.") for name in record.attributes.get("", {}))
+    text = None if resized else config_text(model)
+    return text or record.config or ""
 
 
 def _write(
@@ -180,8 +187,8 @@ def _write(
 ) -> None:
     state = collect(model)
     write_tensors(folder, state, max_shard_size)
-    if record.config is not None and base["kind"] != "factory":
-        (folder / CONFIG_FILE).write_text(record.config, encoding="utf-8")
+    if base["kind"] != "factory":
+        (folder / CONFIG_FILE).write_text(_config(model, record), encoding="utf-8")
     generation = getattr(model, "generation_config", None)
     if base["kind"] == "transformers" and generation is not None:
         (folder / GENERATION_FILE).write_text(generation.to_json_string(use_diff=False), encoding="utf-8")

@@ -68,7 +68,9 @@ class TensorRecipe:
     def make(self) -> Tensor:
         """Return the tensor, on the CPU. Uniform, since uniform numbers have the same bits on every machine."""
         generator = torch.Generator().manual_seed(self.seed)
-        dtype = getattr(torch, self.dtype)
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"unknown dtype {self.dtype!r}")
         if dtype.is_floating_point:
             unit = torch.rand(self.shape, generator=generator, dtype=torch.float64)
             return (self.low + (self.high - self.low) * unit).to(dtype)

@@ -143,6 +143,33 @@ def test_training_and_freezing_after_write_back_are_saved(written, tmp_path):
     assert [n for n, p in loaded.named_parameters() if not p.requires_grad] == ["classifier.1.bias"]
 
 
+def test_labels_set_after_write_back_are_saved(written, tmp_path):
+    small = copy.deepcopy(written("resnet"))
+    small.config.id2label = {0: "zero", 1: "one", 2: "two", 3: "three", 4: "four"}
+    assert any_load(save(small, tmp_path / "x")).config.id2label[4] == "four"
+
+
+def test_adapters_train_and_merge_and_the_result_is_saved(written, tools, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        copy.deepcopy(written("llama")), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    )
+    tokens = tools.ids(2, 6)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # the first step moves only the half that starts at zero
+        optimizer.zero_grad()
+        adapted(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    with pytest.raises(ArtifactError, match=r"has no removal record"):
+        save(adapted, tmp_path / "x")
+    merged = adapted.merge_and_unload()
+    old, new = written("llama").model.layers[0].self_attn.q_proj.weight, merged.model.layers[0].self_attn.q_proj.weight
+    assert (old - new).abs().max() > 1e-3
+    loaded = any_load(save(merged, tmp_path / "x"))
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=tokens).logits, merged(input_ids=tokens).logits)
+
+
 def test_half_precision_comes_back_as_it_is(written, tmp_path):
     small = copy.deepcopy(written("bert")).to(torch.bfloat16)
     loaded = load(save(small, tmp_path / "x"))

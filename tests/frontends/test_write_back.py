@@ -345,6 +345,16 @@ def test_transformer_encoder(tools):
     assert small.layers[0].linear1.out_features == 16
 
 
+def test_parametrised_layers(tools):
+    def build():
+        model = Mlp()
+        nn.utils.parametrizations.weight_norm(model.first)
+        return model
+
+    _, small = check(tools, build, tools.normal(2, 6))
+    assert (small.first.out_features, small.first.weight.shape) == (6, (6, 6))
+
+
 def attend(q, k, v, scale, mask=None):
     scores = q @ k.transpose(-2, -1) * scale
     weights = (scores if mask is None else scores.masked_fill(mask, -math.inf)).softmax(-1)
