@@ -151,9 +151,8 @@ def test_single_and_double_precision_have_the_same_groups_and_the_same_removal(n
     assert difference(*outputs) < 1e-4
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("layers", "both"), [(1, False), (2, True)], ids=["one_layer", "two_layers_both_directions"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-@pytest.mark.parametrize("both", [False, True])
 def test_recurrent_hidden_and_input_units_are_groups_with_every_gate(kind: str, layers: int, both: bool) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
