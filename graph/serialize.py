@@ -64,8 +64,8 @@ def load_program(directory: str | os.PathLike[str]) -> Program:
     """
     folder = Path(directory)
     document, stamp = read(folder)
-    weights = _read_tensors(folder / WEIGHTS_FILE, stamp)
-    stored = _read_tensors(folder / EXAMPLE_FILE, stamp)
+    weights = read_tensors(folder / WEIGHTS_FILE, stamp)
+    stored = read_tensors(folder / EXAMPLE_FILE, stamp)
     try:
         tensors = restore_tensors(document["tensors"], weights)
         example = [
@@ -179,7 +179,12 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if alone else tensor.clone()
 
 
-def _read_tensors(file: Path, stamp: str) -> dict[str, Tensor]:
+def read_tensors(file: Path, stamp: str) -> dict[str, Tensor]:
+    """Return the tensors of a file that `write` wrote, which must carry the digest ``stamp`` of its document.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or of another save.
+    """
     from safetensors import safe_open
 
     try:
