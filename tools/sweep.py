@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -74,7 +74,7 @@ def sweep_entry(entry: Entry, seed: int = 0) -> Row:
         graph = depgraph(program)
         groups = graph.groups
     except Exception as err:  # the sweep reports every failure of every model and goes on
-        row.raised.append(f"capture: {_short(err)}")
+        row.raised.append(f"capture: {short(err)}")
         row.seconds = time.process_time() - start
         return row
     row.groups = len(groups)
@@ -128,7 +128,7 @@ def judge(
             want = floats(masked_outputs(graph, keep, graph.program.flatten(*case.args, **case.kwargs)))
         error = difference(got, want)
     except Exception as err:  # the sweep reports every failure of every model and goes on
-        row.raised.append(f"{name}: {_short(err)}")
+        row.raised.append(f"{name}: {short(err)}")
         return
     row.worst = max(row.worst, error)
     if not error <= tolerance(graph.program):
@@ -185,9 +185,19 @@ def difference(got: list[Tensor], want: list[Tensor]) -> float:
     return worst
 
 
-def _short(err: BaseException) -> str:
+def short(err: BaseException) -> str:
+    """Return class, first line and place of an error."""
     frame = traceback.extract_tb(err.__traceback__)[-1]
     return f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''} ({frame.name}:{frame.lineno})"[:240]
+
+
+def select(names: Sequence[str], families: Sequence[str] | None) -> list[Entry]:
+    """Return the zoo's entries of these families whose names start with one of ``names``; all without."""
+    return [
+        e
+        for e in ZOO.values()
+        if (not names or any(e.name.startswith(n) for n in names)) and (not families or e.family in families)
+    ]
 
 
 def table(rows: list[Row]) -> str:
@@ -221,12 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", help="write the rows to this file")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    chosen = [
-        e
-        for e in ZOO.values()
-        if (not options.names or any(e.name.startswith(n) for n in options.names))
-        and (not options.family or e.family in options.family)
-    ]
+    chosen = select(options.names, options.family)
     rows = []
     for i, entry in enumerate(chosen):
         rows.append(sweep_entry(entry, options.seed))
