@@ -11,6 +11,7 @@ re-export that follows traces through it. What each rule repairs was seen with t
 - ``chunk`` and ``split`` along a dynamic dimension: the exporter's optimiser fails.
 - ``sort(stable=True)``, ``isin``, ``cdist``, ``remainder`` and ``pow`` by a dynamic size: no translation. (ONNX's
   ``TopK`` keeps the order of equal values, so its sort is stable.)
+- ``lstm`` with projections: ONNX has none, and the exporter leaves them out.
 - ``topk(sorted=False)``: the CUDA provider needs sorted results.
 
 Besides, every ``view`` becomes a ``reshape`` and every attention gives contiguous memory: the strides of a result are
@@ -31,6 +32,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from .flat import call_arguments
+from .onnx_recurrent import has_projection, projected_lstm
 
 aten = torch.ops.aten
 
@@ -201,6 +203,7 @@ SUBSTITUTES: Mapping[OpOverload, Substitute] = MappingProxyType(
         aten.split.Tensor: Substitute(_splits_dynamically, split_by_slices),
         aten.split_with_sizes.default: Substitute(_splits_dynamically, split_sizes_by_slices),
         aten.sort.stable: Substitute(lambda call: True, stable_sort),
+        aten.lstm.input: Substitute(has_projection, projected_lstm),
         aten.topk.default: Substitute(lambda call: not call["sorted"], sorted_topk),
         aten.isin.Tensor_Tensor: Substitute(lambda call: True, is_in),
         aten.cdist.default: Substitute(lambda call: True, distances),
