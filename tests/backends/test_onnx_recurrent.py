@@ -37,7 +37,7 @@ def test_projected_lstm_equals_the_layer_from_a_given_state(options: dict, steps
     with torch.no_grad():
         output, (last, cell) = lstm(x, (h, c))
         got = projected_lstm(
-            x, (h, c), lstm._flat_weights, lstm.bias, lstm.num_layers, 0.0, False, lstm.bidirectional,
+            x, (h, c), list(lstm.parameters()), lstm.bias, lstm.num_layers, 0.0, False, lstm.bidirectional,
             lstm.batch_first,
         )  # fmt: skip
     for value, want in zip(got, (output, last, cell), strict=True):
