@@ -298,21 +298,26 @@ def slice_(an: Analysis, node: Node) -> Dims:
             return x
         an.freeze(axis, DYNAMIC_CUT)
         return (*x[:d], an.leaf(size, DYNAMIC_CUT), *x[d + 1 :])
+    bounds = _whole_steps(*bounds, step)
+    if bounds[1] > axis.size:
+        an.freeze(axis, "a strided slice that does not divide it")
+        return (*x[:d], an.leaf(size, "a strided slice that does not divide it"), *x[d + 1 :])
     section = an.section(axis, *bounds)
     assert section is not None
     if step != 1:
-        section = _every(an, section, step)
+        outer = an.leaf(size)
+        an.unify(section, an.product([outer, an.leaf(step, "strided slice")]))
+        section = outer
     return (*x[:d], section, *x[d + 1 :])
 
 
-def _every(an: Analysis, axis: Axis, step: int) -> Axis:
-    """Return every ``step``-th index of ``axis``."""
-    if axis.size % step:
-        an.freeze(axis, "a strided slice that does not divide it")
-        return an.leaf(-(-axis.size // step), "a strided slice that does not divide it")
-    outer = an.leaf(axis.size // step)
-    an.unify(axis, an.product([outer, an.leaf(step, "strided slice")]))
-    return outer
+def _whole_steps(start: int, stop: int, step: int) -> tuple[int, int]:
+    """Widen a section to the blocks of ``step`` indices of which a strided slice takes one each.
+
+    Blocks begin at multiples of ``step``, so that ``x[0::2]`` and ``x[1::2]`` take theirs from the same pairs.
+    """
+    first = start - start % step
+    return first, first + -(-(stop - start) // step) * step
 
 
 def resize_slice(rz: Resizer, node: Node) -> None:
@@ -324,7 +329,9 @@ def resize_slice(rz: Resizer, node: Node) -> None:
     bounds = _bounds(x[d], arg(node, 2, "start"), arg(node, 3, "end"))
     if bounds is None:  # a dynamic size of which everything is taken
         return
-    node.args = (node.args[0], d, rz.prefix(x[d], bounds[0]), rz.prefix(x[d], bounds[1]), *node.args[4:])
+    step = arg(node, 4, "step", 1)
+    first, last = _whole_steps(*bounds, step)
+    node.args = (node.args[0], d, rz.prefix(x[d], first) + bounds[0] % step, rz.prefix(x[d], last), *node.args[4:])
     node.kwargs = {k: v for k, v in node.kwargs.items() if k == "step"}
 
 
