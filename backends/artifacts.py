@@ -12,11 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..graph.errors import ArtifactError, GraphwrightError
-
-
-class ExportError(GraphwrightError):
-    """A program could not be exported, or the exported file does not compute what the program computes."""
+from ..graph.errors import ArtifactError
 
 
 @contextmanager

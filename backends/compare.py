@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph.errors import ExportError
 from ..graph.program import InputSpec, Program
-from .artifacts import ExportError, summary
+from .artifacts import summary
 
 # Relative to the largest magnitude of the output. Float32: a few hundred roundings of 6e-8 in the deepest nets, times
 # what softmax and norms amplify; two runtimes that do the same sums in another order stay below it.

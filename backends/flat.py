@@ -13,9 +13,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node, map_arg
 
-from ..graph.errors import where
+from ..graph.errors import ExportError, where
 from ..graph.program import InputSpec, Program, copy_graph_module
-from .artifacts import ExportError
 
 
 @dataclass(frozen=True)

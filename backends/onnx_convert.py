@@ -15,9 +15,9 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from ..graph.errors import where
+from ..graph.errors import ExportError, where
 from ..graph.program import InputSpec
-from .artifacts import ExportError, summary
+from .artifacts import summary
 from .flat import FlatProgram
 
 OLDEST_OPSET = 18

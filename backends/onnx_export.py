@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..graph.errors import ArtifactError
+from ..graph.errors import ArtifactError, ExportError
 from ..graph.program import Program
-from .artifacts import ExportError, file_facts, staging, summary, write_manifest
+from .artifacts import file_facts, staging, summary, write_manifest
 from .compare import (
     default_tolerance,
     describe_sizes,

@@ -6,7 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from .artifacts import ExportError
+from ..graph.errors import ExportError
 
 # Sums of squares overflow at 65504, and a softmax over many entries loses the small ones.
 BLOCKED_OPERATORS = (

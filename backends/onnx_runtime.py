@@ -11,17 +11,13 @@ from typing import Any
 
 import torch
 
-from ..graph.errors import ArtifactError, GraphwrightError
+from ..graph.errors import ArtifactError, ProviderError
 from .artifacts import summary
 
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
 ORDER = (TENSORRT, CUDA, CPU)
 SHORT_NAMES = {"tensorrt": TENSORRT, "cuda": CUDA, "cpu": CPU}
 INSTALL = "pip install 'graphwright[cpu]', or 'graphwright[gpu]' (CUDA 13) or 'graphwright[gpu-cu12]' for NVIDIA GPUs"
-
-
-class ProviderError(GraphwrightError):
-    """ONNX Runtime is not installed as it should be, or a requested execution provider does not work."""
 
 
 def installed_runtimes() -> dict[str, str]:

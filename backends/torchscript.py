@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.errors import InputError
+from ..graph.errors import ExportError, InputError
 from ..graph.program import Program
-from .artifacts import ExportError, file_facts, read_manifest, staging, write_manifest
+from .artifacts import file_facts, read_manifest, staging, write_manifest
 from .compare import default_tolerance, example_like, relative_difference, run_program
 from .flat import FlatProgram, flat_program
 

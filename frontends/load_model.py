@@ -17,11 +17,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..graph.errors import GraphwrightError
+from ..graph.errors import GraphwrightError, LoadError
 from ..graph.program import Program
 from ..graph.serialize import GRAPH_FILE, load_program
 from .inputs import Inputs, example_inputs, inputs_from_spec
-from .pretrained import LoadError, Options, load_directory, load_gguf, load_hub
+from .pretrained import Options, load_directory, load_gguf, load_hub
 
 PREFIX = "builtin:"
 RECORD_FILE = "graphwright.json"

@@ -19,17 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..graph.errors import GraphwrightError
+from ..graph.errors import LoadError
 
 logger = logging.getLogger(__name__)
 
 CONFIG, PIPELINE, ADAPTER = "config.json", "model_index.json", "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "diffusion_pytorch_model*.bin")
 _SHOWN = 8  # names of a directory in a message
-
-
-class LoadError(GraphwrightError):
-    """There is no such model, or it cannot be loaded."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterable
 
 from torch.fx import Node
+
+_LISTED = 24  # names in a message
 
 
 class GraphwrightError(Exception):
@@ -13,6 +17,10 @@ class GraphwrightError(Exception):
 
 class CaptureError(GraphwrightError):
     """The model could not be turned into a Program."""
+
+
+class LoadError(GraphwrightError):
+    """There is no such model, or it cannot be loaded."""
 
 
 class InputError(GraphwrightError, TypeError):
@@ -37,6 +45,14 @@ class WriteBackError(GraphwrightError):
 
 class ArtifactError(GraphwrightError):
     """A saved artifact is missing, damaged, or of a kind that this version does not read."""
+
+
+class ExportError(GraphwrightError):
+    """A program could not be exported, or the exported file does not compute what the program computes."""
+
+
+class ProviderError(GraphwrightError):
+    """ONNX Runtime is not installed as it should be, or a requested execution provider does not work."""
 
 
 def module_path(node: Node) -> tuple[str, str]:
@@ -64,3 +80,18 @@ def where(node: Node) -> str:
     """Say which node, in which submodule, from which user source line."""
     fqn, kind = module_path(node)
     return f"%{node.name} = {node.target} in {fqn or '<root>'} ({kind}), {source_line(node) or 'source unknown'}"
+
+
+def first_line(err: BaseException) -> str:
+    """Return the first line of an error's message that says something, or the name of its class."""
+    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+
+
+def unknown(message: str, name: object, known: Iterable[object]) -> str:
+    """Return ``message 'name'; did you mean 'nearest'?``, or the known names where none is near."""
+    names = sorted(map(str, known))
+    near = difflib.get_close_matches(str(name), names, 1)
+    if near:
+        return f"{message} {name!r}; did you mean {near[0]!r}?"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{message} {name!r}; known: {', '.join(names[:_LISTED]) or 'none'}{more}"

@@ -21,9 +21,11 @@ _WHERE = {
     "CouplingGroup": "graph.groups",
     "DepGraph": "graph.depgraph",
     "EliminateDeadCode": "passes.eliminate_dead_code",
+    "ExportError": "graph.errors",
     "FoldBatchNorm": "passes.fold_batch_norm",
     "GraphwrightError": "graph.errors",
     "InputError": "graph.errors",
+    "LoadError": "graph.errors",
     "OnnxRunner": "backends.onnx_runner",
     "Pass": "passes.base",
     "PassResult": "passes.base",
@@ -31,21 +33,28 @@ _WHERE = {
     "PipelineResult": "passes.base",
     "PreconditionError": "graph.errors",
     "Program": "graph.program",
+    "ProviderError": "graph.errors",
     "RemovalRecord": "graph.resize",
     "RemoveChannels": "passes.remove_channels",
     "RemoveDropout": "passes.remove_dropout",
+    "Scoring": "passes.criteria",
+    "Skipped": "passes.base",
     "VerificationError": "graph.errors",
+    "WriteBackError": "graph.errors",
     "capture": "frontends.capture",
     "cost": "graph.cost",
     "depgraph": "graph.depgraph",
     "export_onnx": "backends.onnx_export",
     "export_torchscript": "backends.torchscript",
+    "group_lasso_gradients": "passes.sparse_training",
+    "layer_groups": "graph.layers",
     "load": "frontends.artifact",
     "load_program": "graph.serialize",
     "register_rule": "graph.rules",
     "resize": "graph.resize",
     "save": "frontends.artifact",
     "save_program": "graph.serialize",
+    "unregister_rule": "graph.rules",
     "verify": "graph.verify",
     "write_back": "frontends.write_back",
 }
@@ -65,15 +74,21 @@ if TYPE_CHECKING:
     from .graph.depgraph import depgraph as depgraph
     from .graph.errors import ArtifactError as ArtifactError
     from .graph.errors import CaptureError as CaptureError
+    from .graph.errors import ExportError as ExportError
     from .graph.errors import GraphwrightError as GraphwrightError
     from .graph.errors import InputError as InputError
+    from .graph.errors import LoadError as LoadError
     from .graph.errors import PreconditionError as PreconditionError
+    from .graph.errors import ProviderError as ProviderError
     from .graph.errors import VerificationError as VerificationError
+    from .graph.errors import WriteBackError as WriteBackError
     from .graph.groups import CouplingGroup as CouplingGroup
+    from .graph.layers import layer_groups as layer_groups
     from .graph.program import Program as Program
     from .graph.resize import RemovalRecord as RemovalRecord
     from .graph.resize import resize as resize
     from .graph.rules import register_rule as register_rule
+    from .graph.rules import unregister_rule as unregister_rule
     from .graph.serialize import load_program as load_program
     from .graph.serialize import save_program as save_program
     from .graph.verify import verify as verify
@@ -82,10 +97,13 @@ if TYPE_CHECKING:
     from .passes.base import PassResult as PassResult
     from .passes.base import Pipeline as Pipeline
     from .passes.base import PipelineResult as PipelineResult
+    from .passes.base import Skipped as Skipped
+    from .passes.criteria import Scoring as Scoring
     from .passes.eliminate_dead_code import EliminateDeadCode as EliminateDeadCode
     from .passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from .passes.remove_channels import RemoveChannels as RemoveChannels
     from .passes.remove_dropout import RemoveDropout as RemoveDropout
+    from .passes.sparse_training import group_lasso_gradients as group_lasso_gradients
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphwright.backends.artifacts import ExportError
 from graphwright.backends.compare import (
     default_tolerance,
     dynamic_sizes,
@@ -16,6 +15,7 @@ from graphwright.backends.compare import (
     relative_difference,
 )
 from graphwright.frontends.capture import capture
+from graphwright.graph.errors import ExportError
 
 
 class Mixed(nn.Module):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphwright.backends.artifacts import ExportError
 from graphwright.backends.flat import flat_program, output_names
 from graphwright.frontends.capture import capture
+from graphwright.graph.errors import ExportError
 
 
 class Nested(nn.Module):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphwright.backends.artifacts import ExportError
 from graphwright.backends.flat import flat_program
 from graphwright.backends.onnx_convert import _always_holds, _widen_rotary_tables, convert
 from graphwright.frontends.capture import capture
+from graphwright.graph.errors import ExportError
 
 onnx_ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxscript")

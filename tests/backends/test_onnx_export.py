@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from graphwright.backends import onnx_export as onnx_export_module
-from graphwright.backends.artifacts import ExportError
 from graphwright.backends.onnx_cleanup import SUBSTITUTES, Substitute
 from graphwright.backends.onnx_export import OnnxArtifact, export_onnx
-from graphwright.backends.onnx_runtime import ProviderError
 from graphwright.frontends.capture import capture
 from graphwright.graph.depgraph import depgraph
-from graphwright.graph.errors import InputError
+from graphwright.graph.errors import ExportError, InputError, ProviderError
 from graphwright.graph.program import Program
 from graphwright.graph.resize import resize
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphwright.backends.artifacts import ExportError
 from graphwright.backends.onnx_export import export_onnx
 from graphwright.backends.onnx_half import periodic_arguments
 from graphwright.frontends.capture import capture
+from graphwright.graph.errors import ExportError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from graphwright.backends.onnx_export import export_onnx
 from graphwright.backends.onnx_runner import ELEMENT_TYPES, OnnxRunner
-from graphwright.backends.onnx_runtime import ProviderError
 from graphwright.frontends.capture import capture
-from graphwright.graph.errors import ArtifactError, InputError
+from graphwright.graph.errors import ArtifactError, InputError, ProviderError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

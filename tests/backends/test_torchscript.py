@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from graphwright.backends import torchscript
-from graphwright.backends.artifacts import ExportError
 from graphwright.backends.torchscript import TorchScriptRunner, export_torchscript
 from graphwright.frontends.capture import capture
 from graphwright.graph.depgraph import depgraph
-from graphwright.graph.errors import ArtifactError, InputError
+from graphwright.graph.errors import ArtifactError, ExportError, InputError
 from graphwright.graph.program import Program
 from graphwright.graph.resize import resize
 

@@ -17,8 +17,7 @@ from torch import nn
 from graphwright.frontends.builtin import BUILTIN
 from graphwright.frontends.capture import capture
 from graphwright.frontends.load_model import load_model
-from graphwright.frontends.pretrained import LoadError
-from graphwright.graph.errors import ArtifactError, PreconditionError
+from graphwright.graph.errors import ArtifactError, LoadError, PreconditionError
 from graphwright.graph.serialize import save_program
 
 LLAMA: dict[str, Any] = dict(
