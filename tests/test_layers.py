@@ -53,9 +53,7 @@ def modules(layer: str) -> dict[tuple[str, ...], Path]:
 MODULES = {name for layer in ALLOWED for name in modules(layer)}
 
 
-def statements(
-    body: list[ast.stmt], eager: bool = True
-) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+def statements(body: list[ast.stmt], eager: bool = True) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
     """Yield the import statements below ``body``, and whether each runs when the file is imported."""
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -150,9 +148,7 @@ def test_no_import_cycle(layer: str) -> None:
             needed = [m for m in chain if m == found.module or module[: len(m)] != m]
             needs.add_edges_from((module, m) for m in needed if m in inside)
     cycles = [
-        " <-> ".join(".".join(m) for m in sorted(c))
-        for c in nx.strongly_connected_components(needs)
-        if len(c) > 1
+        " <-> ".join(".".join(m) for m in sorted(c)) for c in nx.strongly_connected_components(needs) if len(c) > 1
     ]
     cycles += [".".join(module) + " imports itself" for module in nx.nodes_with_selfloops(needs)]
     assert not cycles, "\n".join(cycles)

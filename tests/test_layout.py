@@ -44,9 +44,7 @@ def source_files(folder: Path) -> list[Path]:
     return [
         folder / file
         for file in files
-        if file.suffix != ".pyc"
-        and file.name != "README.md"
-        and not any(p.startswith(".") for p in file.parts)
+        if file.suffix != ".pyc" and file.name != "README.md" and not any(p.startswith(".") for p in file.parts)
     ]
 
 
@@ -86,9 +84,7 @@ def test_links_mirror_the_mapping() -> None:
 def test_checkers_know_every_folder() -> None:
     pyright, ruff = PROJECT["tool"]["pyright"], PROJECT["tool"]["ruff"]["lint"]
     assert BARE <= set(pyright["include"]), "pyright does not check what only a link leads to"
-    assert {f"src/graphwright/{name}" for name in BARE} <= set(pyright["exclude"]), (
-        "it would check files twice"
-    )
+    assert {f"src/graphwright/{name}" for name in BARE} <= set(pyright["exclude"]), "it would check files twice"
     assert set(ruff["flake8-tidy-imports"]["banned-api"]) == BARE
     assert {f"{{{','.join(f.name for f in FOLDERS.values())}}}/**"} == set(ruff["per-file-ignores"])
 

@@ -14,7 +14,18 @@ from graphwright.tools.zoo import ZOO
 from graphwright.tools.zoo.entry import Case, Entry
 
 ODD = [name for name, entry in ZOO.items() if entry.family == "odd" and not entry.requires]
-REAL = ["resnext", "lstm_bi_2", "llama_gqa", "bert", "vit", "convnext", "gpt2", "shufflenet_v2", "unet_group", "mixtral"]
+REAL = [
+    "resnext",
+    "lstm_bi_2",
+    "llama_gqa",
+    "bert",
+    "vit",
+    "convnext",
+    "gpt2",
+    "shufflenet_v2",
+    "unet_group",
+    "mixtral",
+]
 
 # Refused with a reason that is right: there is no smaller module that equals the masked one.
 REFUSED = {

@@ -75,8 +75,10 @@ def test_the_rows_of_the_edge_cases_have_prefixes() -> None:
 
 def test_import_brings_no_model_library() -> None:
     """Only building an entry may import the library that it comes from."""
-    code = ("import sys; import graphwright.tools.zoo.inventory; "
-            "print([m for m in ('transformers', 'diffusers', 'timm', 'torchvision') if m in sys.modules])")
+    code = (
+        "import sys; import graphwright.tools.zoo.inventory; "
+        "print([m for m in ('transformers', 'diffusers', 'timm', 'torchvision') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
     assert out.stdout.strip() == "[]"
 
@@ -100,8 +102,13 @@ def test_inventories_name_entries_and_count_axes() -> None:
 def test_inventory_of_a_known_model() -> None:
     """Llama with 6 query and 2 key/value heads of 8, width 42, feed-forward 56, two layers."""
     assert INVENTORY["llama_gqa"]() == {
-        ("hidden", 42): 1, ("hidden", 56): 2, ("head", 2): 2, ("head group", 3): 2, ("head dim", 4): 1,
-        ("value dim", 8): 2}
+        ("hidden", 42): 1,
+        ("hidden", 56): 2,
+        ("head", 2): 2,
+        ("head group", 3): 2,
+        ("head dim", 4): 1,
+        ("value dim", 8): 2,
+    }
 
 
 def test_initialisation_leaves_nothing_degenerate() -> None:

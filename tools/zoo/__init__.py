@@ -24,8 +24,17 @@ from .entry import Case, Entry, seeded_init, tensors
 __all__ = ["ZOO", "Case", "Entry", "entries", "missing", "seeded_init", "tensors"]
 
 ZOO: dict[str, Entry] = {}
-for _module in (torch_models, torch_cnn, torch_transformers, transformers_models, transformers_more,
-                transformers_vision, diffusers_models, timm_models, odd_cases):
+for _module in (
+    torch_models,
+    torch_cnn,
+    torch_transformers,
+    transformers_models,
+    transformers_more,
+    transformers_vision,
+    diffusers_models,
+    timm_models,
+    odd_cases,
+):
     for _entry in _module.ENTRIES:
         if _entry.name in ZOO:
             raise ValueError(f"the zoo has two entries named {_entry.name}")

@@ -88,8 +88,16 @@ def tokens(batch: int, length: int, vocabulary: int, seed: int = 2) -> torch.Ten
     return torch.randint(min(3, vocabulary - 1), vocabulary, (batch, length), generator=source(seed + batch))
 
 
-def case(model: nn.Module, make: Callable[[int], Any], *, seed: int = 0, dynamic: dict[str, Any] | None = None,
-         init: bool = True, second: bool = True, floor: float = 0.06) -> Case:
+def case(
+    model: nn.Module,
+    make: Callable[[int], Any],
+    *,
+    seed: int = 0,
+    dynamic: dict[str, Any] | None = None,
+    init: bool = True,
+    second: bool = True,
+    floor: float = 0.06,
+) -> Case:
     """Initialise a model and pair it with its inputs.
 
     Args:
@@ -118,8 +126,9 @@ def case(model: nn.Module, make: Callable[[int], Any], *, seed: int = 0, dynamic
     return Case(model, args, kwargs, dynamic, inputs(3) if second else None)
 
 
-def _calibrate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gen: torch.Generator,
-               floor: float) -> None:
+def _calibrate(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gen: torch.Generator, floor: float
+) -> None:
     """Set the running statistics of batch norms to those of the example inputs, then shift them at random.
 
     Statistics that ignore the activations let deep residual networks grow without bound.
@@ -134,7 +143,7 @@ def _calibrate(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             norm.momentum = 1.0
         with torch.no_grad():
             model(*args, **kwargs)
-    except ValueError:                                   # one value per channel: the random statistics stay
+    except ValueError:  # one value per channel: the random statistics stay
         pass
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval()
@@ -185,16 +194,16 @@ def _is_norm(module: nn.Module) -> bool:
 def _value(module: nn.Module, name: str, old: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
     """Draw the new value of one parameter of a module."""
     if old.ndim == 0:
-        return old.detach().clone()                      # temperatures: their stored value is the sane one
+        return old.detach().clone()  # temperatures: their stored value is the sane one
     if _is_norm(module) and "bias" not in name:
         return 1 + 0.3 * (2 * torch.rand(old.shape, generator=gen) - 1)
     if "bias" in name and old.ndim == 1:
-        return 0.1 + 0.2 * torch.rand(old.shape, generator=gen)   # positive: keeps rectified units awake
-    if name == "A_log":                                  # state-space decay: exp of it has to stay moderate
+        return 0.1 + 0.2 * torch.rand(old.shape, generator=gen)  # positive: keeps rectified units awake
+    if name == "A_log":  # state-space decay: exp of it has to stay moderate
         return torch.rand(old.shape, generator=gen)
     if old.ndim == 1 or isinstance(module, nn.Embedding) or "table" in name or "pos" in name or "token" in name:
-        return _signed(old.shape, 0.3, 0.9, gen)         # scales, tokens and tables count like activations
-    if type(module).__name__ == "Conv1D":                # GPT-2 stores (in, out)
+        return _signed(old.shape, 0.3, 0.9, gen)  # scales, tokens and tables count like activations
+    if type(module).__name__ == "Conv1D":  # GPT-2 stores (in, out)
         fan = old.shape[0]
     elif isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         fan = old.shape[0] // module.groups

@@ -36,71 +36,97 @@ def attention(*streams: int, heads: int = 3, value: int = 4, rep: int = 1) -> Ma
 
 def _works() -> Iterator[tuple[str, Make]]:
     """The cases under works/."""
-    for name in ("conv_bn_relu_conv", "residual_add", "prelu", "instance_norm", "batch_norm_plain", "depthwise",
-                 "depthwise_transposed", "reused", "straight_through", "inplace_slice"):
+    for name in (
+        "conv_bn_relu_conv",
+        "residual_add",
+        "prelu",
+        "instance_norm",
+        "batch_norm_plain",
+        "depthwise",
+        "depthwise_transposed",
+        "reused",
+        "straight_through",
+        "inplace_slice",
+    ):
         yield name, channels(8)
     for name in ("concat_dim1", "concat_dim_minus3"):
-        yield name, channels(8, 5)                       # the parts of a concat are separate
+        yield name, channels(8, 5)  # the parts of a concat are separate
     for name in ("concat_twice", "concat_with_relu"):
-        yield name, channels(7)                          # both parts are the same channels
-    for name in ("chunk_product", "glu_gate", "spatial_concat", "batch_concat", "chunk_width", "chunk_height",
-                 "slice_spatial", "patch_embedding", "layer_scale_map", "linear_view_conv"):
+        yield name, channels(7)  # both parts are the same channels
+    for name in (
+        "chunk_product",
+        "glu_gate",
+        "spatial_concat",
+        "batch_concat",
+        "chunk_width",
+        "chunk_height",
+        "slice_spatial",
+        "patch_embedding",
+        "layer_scale_map",
+        "linear_view_conv",
+    ):
         yield name, channels(6)
     for name in ("1d", "2d", "3d", "1d_bn", "2d_bn", "3d_bn"):
-        yield f"flatten_conv{name}", channels(6)         # positions are no axis
+        yield f"flatten_conv{name}", channels(6)  # positions are no axis
     yield "swiglu_chunk", hidden(7)
-    for name in ("token_concat", "slice_tokens", "position_embedding", "layer_scale_vector", "class_token",
-                 "class_token_vector"):
+    for name in (
+        "token_concat",
+        "slice_tokens",
+        "position_embedding",
+        "layer_scale_vector",
+        "class_token",
+        "class_token_vector",
+    ):
         yield name, hidden(6)
     for name in ("layer_norm", "rms_norm_module", "recurrent_use"):
         yield name, hidden(8)
     yield "crop", channels(6, 5)
-    yield "focus", channels(5)                           # four slices of the positions, the same channels
-    yield "learned_queries", lambda: Axes().hidden(6).sizes(8, 9)      # one head: query/key size 8, value size 9
+    yield "focus", channels(5)  # four slices of the positions, the same channels
+    yield "learned_queries", lambda: Axes().hidden(6).sizes(8, 9)  # one head: query/key size 8, value size 9
     yield "squeeze_conv", channels(8, 5)
     yield "squeeze_linear", both((8,), (5,))
     yield "conv_transpose", channels(8, 6)
-    yield "reused_branches", channels(8, 5)              # both branches enter one weight: one axis before, one after
+    yield "reused_branches", channels(8, 5)  # both branches enter one weight: one axis before, one after
     yield "checkpoint", channels(8, 7)
     yield "attention_separate", attention(10, value=5)
     for name in ("unbind", "chunk", "split"):
         yield f"attention_{name}", attention(10)
     yield "attention_grouped", attention(10, heads=2, rep=3)
-    yield "attention_module", attention(12)              # residual: one stream
+    yield "attention_module", attention(12)  # residual: one stream
 
 
 def _wrong() -> Iterator[tuple[str, Make]]:
     """The cases under wrong/."""
-    yield "split_cat", channels(8, 8, 6, 6)              # both parts of the split, both results
+    yield "split_cat", channels(8, 8, 6, 6)  # both parts of the split, both results
     for name in ("split_sum", "split_sum_reversed"):
-        yield name, channels(8, 8, 6)                    # the results are added
+        yield name, channels(8, 8, 6)  # the results are added
     yield "split_uneven_cat", channels(10, 6, 6, 6)
     yield "split_uneven_sum", channels(10, 6, 6)
-    yield "gate_layer_on_half", channels(6, 6)           # u with the gate's output; v
+    yield "gate_layer_on_half", channels(6, 6)  # u with the gate's output; v
     yield "feature_chunk", hidden(6, 6)
-    yield "split_first_unused", channels(10, 6)          # the unused part can go as well
+    yield "split_first_unused", channels(10, 6)  # the unused part can go as well
     for name in ("flip", "roll", "stack_flatten"):
-        yield name, channels(7)                          # a stack aligns its parts: a and b shrink together
+        yield name, channels(7)  # a stack aligns its parts: a and b shrink together
     yield "flatten_channels_last", channels(6)
     yield "concat_flattened_equal", channels(6, 6)
     yield "concat_flattened_unequal", channels(5, 7)
     yield "concat_vector_flattened", both((5,), (9,))
-    yield "slice_negative", channels(4, 5)               # 4 read, 5 read by nothing
-    yield "slice_bounded", channels(2, 4, 3)             # before, inside and after the slice
-    yield "grouped_conv", channels(2, 4, 3)              # groups; input and output width within a group
+    yield "slice_negative", channels(4, 5)  # 4 read, 5 read by nothing
+    yield "slice_bounded", channels(2, 4, 3)  # before, inside and after the slice
+    yield "grouped_conv", channels(2, 4, 3)  # groups; input and output width within a group
     yield "group_norm", channels(8)
     yield "group_norm_concat", channels(64, 32)
     yield "group_norm_concat_even", channels(24, 12)
-    yield "attention_module", attention(12, 12)          # no residual: before and after
+    yield "attention_module", attention(12, 12)  # no residual: before and after
     yield "attention_module_8_2", attention(8, 8, heads=2)
     for name in ("view_heads", "view_size", "per_head_qkv", "implicit_scale"):
         yield f"attention_{name}", attention()
     for name in ("channel_conv", "softmax_channels", "softmax_features"):
-        yield name, Axes                                 # no exact equivalent of a narrower layer
-    yield "shared_weight", channels(6, 5)                # the shared tensor couples both branches, in and out
+        yield name, Axes  # no exact equivalent of a narrower layer
+    yield "shared_weight", channels(6, 5)  # the shared tensor couples both branches, in and out
     yield "shared_parameter", hidden(6)
     for name in ("spatial_gate", "spatial_attention", "channel_sum"):
-        yield name, channels(8)                          # mean and maximum are statistics over the channels
+        yield name, channels(8)  # mean and maximum are statistics over the channels
 
 
 def _raises() -> Iterator[tuple[str, Make]]:
@@ -125,38 +151,52 @@ def _raises() -> Iterator[tuple[str, Make]]:
     for name in ("glu_channels", "permutation_index", "index_select"):
         yield name, channels(7)
     for name in ("strided_slice", "strided_slices_both"):
-        yield name, channels(5, 5)                       # even and odd channels
+        yield name, channels(5, 5)  # even and odd channels
     for name in ("pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "unfold", "layer_norm_map"):
-        yield name, channels(5)                          # the other factor is positions or copies
+        yield name, channels(5)  # the other factor is positions or copies
     yield "outer_product", hidden(4, 6)
     yield "bilinear", hidden(4, 6, 7)
     yield "flatten_beside_sequence", both((5,), (6,))
-    yield "unflatten_features", hidden(4)                # the factor 3 is reduced by a maximum: no exact equivalent
-    yield "mixer", hidden(6, 9, 11)                      # features, hidden positions, hidden features
+    yield "unflatten_features", hidden(4)  # the factor 3 is reduced by a maximum: no exact equivalent
+    yield "mixer", hidden(6, 9, 11)  # features, hidden positions, hidden features
     yield "position_then_concat", hidden(6, 8)
     for name in ("position_then_gate", "matmul_parameter", "einsum_parameter", "foreign_linear"):
         yield name, hidden(6, 7)
-    yield "einsum_heads", hidden(6, 3, 4)                # no query-key product: plain factors
-    for name in ("foreign_conv", "weight_norm_old", "weight_norm", "frozen_stem", "detach", "no_grad",
-                 "spectral_norm_old", "spectral_norm"):  # the spectral norm is a statistic over the whole weight
+    yield "einsum_heads", hidden(6, 3, 4)  # no query-key product: plain factors
+    for name in (
+        "foreign_conv",
+        "weight_norm_old",
+        "weight_norm",
+        "frozen_stem",
+        "detach",
+        "no_grad",
+        "spectral_norm_old",
+        "spectral_norm",
+    ):  # the spectral norm is a statistic over the whole weight
         yield name, channels(6, 7)
-    for name in ("learned_map", "parameter_literal_shape", "buffer_literal_shape", "buffer_per_channel",
-                 "instance_norm_tracked"):
+    for name in (
+        "learned_map",
+        "parameter_literal_shape",
+        "buffer_literal_shape",
+        "buffer_per_channel",
+        "instance_norm_tracked",
+    ):
         yield name, channels(8)
     yield "rms_norm", hidden(8)
     for name in ("standardised_weights", "checkpoint_reentrant"):
-        yield name, channels(8, 7)                       # standardisation is a statistic over the input channels
+        yield name, channels(8, 7)  # standardisation is a statistic over the input channels
     for name in ("depthwise_multiplier", "depthwise_shrinking"):
-        yield name, channels(6, 2)                       # groups; outputs, or inputs, per group
+        yield name, channels(6, 2)  # groups; outputs, or inputs, per group
     yield "transposed_groups", channels(2, 4, 3)
     yield "group_norm_then_groups", channels(6, 4, 2)
-    yield "attention_kdim", attention(12, 9, 10, 12)     # query, key and value features; result
+    yield "attention_kdim", attention(12, 9, 10, 12)  # query, key and value features; result
     for name in ("lstm", "gru", "rnn"):
         yield name, hidden(6, 7)
-        yield f"{name}_bidirectional", hidden(6, 7, 7)   # one hidden state per direction
+        yield f"{name}_bidirectional", hidden(6, 7, 7)  # one hidden state per direction
 
 
 INVENTORY: dict[str, Make] = {
-    f"{prefix}/{name}": make for prefix, cases in (("works", _works()), ("wrong", _wrong()), ("raises", _raises()))
+    f"{prefix}/{name}": make
+    for prefix, cases in (("works", _works()), ("wrong", _wrong()), ("raises", _raises()))
     for name, make in cases
 }

@@ -24,7 +24,7 @@ class Net(nn.Module):
                 setattr(self, name, part)
         self.function = function
 
-    if TYPE_CHECKING:                                    # parts are whatever the constructor was given
+    if TYPE_CHECKING:  # parts are whatever the constructor was given
 
         def __getattr__(self, name: str) -> Any:
             """Parts by name."""
@@ -69,12 +69,20 @@ def vectors(b: int) -> torch.Tensor:
     return torch.randn(b, 5, generator=source(b + 4))
 
 
-def odd(name: str, build: Callable[[], nn.Module | Case], inputs: Callable[[int], Any] = pictures, note: str = "",
-        requires: tuple[str, ...] = (), **options: Any) -> Entry:
+def odd(
+    name: str,
+    build: Callable[[], nn.Module | Case],
+    inputs: Callable[[int], Any] = pictures,
+    note: str = "",
+    requires: tuple[str, ...] = (),
+    **options: Any,
+) -> Entry:
     """An entry of the family "odd"; `build` makes the module, or the whole case."""
+
     def make() -> Case:
         made = build()
         return made if isinstance(made, Case) else case(made, inputs, **options)
+
     return Entry(name, "odd", make, requires, note)
 
 

@@ -51,8 +51,10 @@ def _shuffle(m: Net, x: torch.Tensor) -> torch.Tensor:
 
 def _flattened(u: int, v: int) -> nn.Module:
     """Two flattened branches, concatenated into one linear layer."""
+
     def run(m: Net, x: torch.Tensor) -> torch.Tensor:
         return m.c(torch.cat([m.a(x).relu().flatten(1), m.b(x).relu().flatten(1)], 1))
+
     return Net(run, a=conv(3, u, stride=2), b=conv(3, v, stride=2), c=lin((u + v) * 16, 3))
 
 
@@ -108,8 +110,15 @@ def _shared() -> nn.Module:
     """Two convolutions that hold one weight tensor, on branches that nothing else couples."""
     first, second = conv(6, 5, bias=False), conv(6, 5, bias=False)
     second.weight = first.weight
-    return Net(lambda m, x: torch.cat([m.c(m.s(m.a(x)).relu()), m.d(m.t(m.b(x)).relu())], 1), a=conv(3, 6),
-               b=conv(3, 6), s=first, t=second, c=conv(5, 2), d=conv(5, 3))
+    return Net(
+        lambda m, x: torch.cat([m.c(m.s(m.a(x)).relu()), m.d(m.t(m.b(x)).relu())], 1),
+        a=conv(3, 6),
+        b=conv(3, 6),
+        s=first,
+        t=second,
+        c=conv(5, 2),
+        d=conv(5, 3),
+    )
 
 
 ENTRIES: list[Entry] = [
@@ -122,54 +131,125 @@ ENTRIES: list[Entry] = [
     odd("wrong/feature_chunk", lambda: Net(_feature_chunk, a=lin(5, 12), b1=lin(6, 3), b2=lin(6, 3)), features),
     odd("wrong/split_first_unused", lambda: Net(_second_only, a=conv(3, 16), c=conv(10, 2))),
     odd("wrong/channel_shuffle_view", lambda: Net(_shuffle, a=conv(3, 10), c=conv(10, 2))),
-    odd("wrong/channel_shuffle_module", lambda: Net(lambda m, x: m.c(m.s(m.a(x).relu())), a=conv(3, 10),
-                                                    s=nn.ChannelShuffle(2), c=conv(10, 2))),
+    odd(
+        "wrong/channel_shuffle_module",
+        lambda: Net(lambda m, x: m.c(m.s(m.a(x).relu())), a=conv(3, 10), s=nn.ChannelShuffle(2), c=conv(10, 2)),
+    ),
     odd("wrong/flip", lambda: Net(lambda m, x: m.c(m.a(x).flip(1)), a=conv(3, 7), c=conv(7, 2))),
     odd("wrong/roll", lambda: Net(lambda m, x: m.c(m.a(x).roll(2, 1)), a=conv(3, 7), c=conv(7, 2))),
-    odd("wrong/stack_flatten", lambda: Net(lambda m, x: m.c(torch.stack([m.a(x), m.b(x)], 1).flatten(1, 2)),
-                                           a=conv(3, 7), b=conv(3, 7), c=conv(14, 2))),
-    odd("wrong/flatten_channels_last", lambda: Net(lambda m, x: m.c(m.a(x).permute(0, 2, 3, 1).flatten(1)),
-                                                   a=conv(3, 6, stride=2), c=lin(96, 3))),
+    odd(
+        "wrong/stack_flatten",
+        lambda: Net(
+            lambda m, x: m.c(torch.stack([m.a(x), m.b(x)], 1).flatten(1, 2)), a=conv(3, 7), b=conv(3, 7), c=conv(14, 2)
+        ),
+    ),
+    odd(
+        "wrong/flatten_channels_last",
+        lambda: Net(lambda m, x: m.c(m.a(x).permute(0, 2, 3, 1).flatten(1)), a=conv(3, 6, stride=2), c=lin(96, 3)),
+    ),
     odd("wrong/concat_flattened_equal", lambda: _flattened(6, 6)),
     odd("wrong/concat_flattened_unequal", lambda: _flattened(5, 7)),
-    odd("wrong/concat_vector_flattened", lambda: Net(_flat_and_vector, v=lin(3, 9), a=conv(3, 5, stride=2),
-                                                     c=lin(9 + 80, 3))),
+    odd(
+        "wrong/concat_vector_flattened",
+        lambda: Net(_flat_and_vector, v=lin(3, 9), a=conv(3, 5, stride=2), c=lin(9 + 80, 3)),
+    ),
     odd("wrong/slice_negative", lambda: Net(lambda m, x: m.c(m.a(x)[:, -4:]), a=conv(3, 9), c=conv(4, 2))),
-    odd("wrong/slice_bounded", lambda: Net(lambda m, x: m.c((h := m.a(x))[:, 2:6]) + m.d(h), a=conv(3, 9),
-                                           c=conv(4, 2), d=conv(9, 2))),
-    odd("wrong/grouped_conv", lambda: Net(lambda m, x: m.c(m.g(m.a(x).relu()).relu()), a=conv(3, 8),
-                                          g=conv(8, 6, groups=2), c=conv(6, 2))),
-    odd("wrong/group_norm", lambda: Net(lambda m, x: m.c(m.n(m.a(x)).relu()), a=conv(3, 8), n=nn.GroupNorm(4, 8),
-                                        c=conv(8, 2)), note="whole groups, or equal counts in every group"),
-    odd("wrong/group_norm_concat", lambda: Net(_group_concat, a=conv(3, 64), b=conv(3, 32), n=nn.GroupNorm(8, 96),
-                                               c=conv(96, 2)), note="groups of 12 over 64 + 32"),
-    odd("wrong/group_norm_concat_even", lambda: Net(_group_concat, a=conv(3, 24), b=conv(3, 12), n=nn.GroupNorm(3, 36),
-                                                    c=conv(36, 2)), note="the border coincides with a group's"),
-    odd("wrong/attention_module", lambda: Net(lambda m, x: m.c(m.m(h := m.i(x), h, h, need_weights=False)[0]),
-                                              i=lin(5, 12), m=nn.MultiheadAttention(12, 3, batch_first=True),
-                                              c=lin(12, 2)), features),
-    odd("wrong/attention_module_8_2", lambda: Net(lambda m, x: m.c(m.m(h := m.i(x), h, h, need_weights=False)[0]),
-                                                  i=lin(5, 8), m=nn.MultiheadAttention(8, 2, batch_first=True),
-                                                  c=lin(8, 3)), features),
+    odd(
+        "wrong/slice_bounded",
+        lambda: Net(lambda m, x: m.c((h := m.a(x))[:, 2:6]) + m.d(h), a=conv(3, 9), c=conv(4, 2), d=conv(9, 2)),
+    ),
+    odd(
+        "wrong/grouped_conv",
+        lambda: Net(lambda m, x: m.c(m.g(m.a(x).relu()).relu()), a=conv(3, 8), g=conv(8, 6, groups=2), c=conv(6, 2)),
+    ),
+    odd(
+        "wrong/group_norm",
+        lambda: Net(lambda m, x: m.c(m.n(m.a(x)).relu()), a=conv(3, 8), n=nn.GroupNorm(4, 8), c=conv(8, 2)),
+        note="whole groups, or equal counts in every group",
+    ),
+    odd(
+        "wrong/group_norm_concat",
+        lambda: Net(_group_concat, a=conv(3, 64), b=conv(3, 32), n=nn.GroupNorm(8, 96), c=conv(96, 2)),
+        note="groups of 12 over 64 + 32",
+    ),
+    odd(
+        "wrong/group_norm_concat_even",
+        lambda: Net(_group_concat, a=conv(3, 24), b=conv(3, 12), n=nn.GroupNorm(3, 36), c=conv(36, 2)),
+        note="the border coincides with a group's",
+    ),
+    odd(
+        "wrong/attention_module",
+        lambda: Net(
+            lambda m, x: m.c(m.m(h := m.i(x), h, h, need_weights=False)[0]),
+            i=lin(5, 12),
+            m=nn.MultiheadAttention(12, 3, batch_first=True),
+            c=lin(12, 2),
+        ),
+        features,
+    ),
+    odd(
+        "wrong/attention_module_8_2",
+        lambda: Net(
+            lambda m, x: m.c(m.m(h := m.i(x), h, h, need_weights=False)[0]),
+            i=lin(5, 8),
+            m=nn.MultiheadAttention(8, 2, batch_first=True),
+            c=lin(8, 3),
+        ),
+        features,
+    ),
     odd("wrong/attention_view_heads", lambda: Net(_view_heads, **_attention()), features),
     odd("wrong/attention_view_size", lambda: Net(_view_size, **_attention()), features),
     odd("wrong/attention_per_head_qkv", lambda: Net(_per_head, qkv=lin(5, 36), o=lin(12, 3)), features),
     odd("wrong/attention_implicit_scale", lambda: Net(_implicit, **_attention()), features),
-    odd("wrong/channel_conv", lambda: Net(_channel_conv, a=conv(3, 8), e=nn.Conv1d(1, 1, 3, padding=1), c=conv(8, 2)),
-        note="no exact equivalent: neighbourhoods change"),
-    odd("wrong/softmax_channels", lambda: Net(lambda m, x: m.c(m.a(x).softmax(1)), a=conv(3, 8), c=conv(8, 2)),
-        note="no exact equivalent: the denominator changes"),
-    odd("wrong/softmax_features", lambda: Net(lambda m, x: m.c(m.a(x).softmax(-1)), a=lin(5, 8), c=lin(8, 3)),
-        features, note="no exact equivalent"),
+    odd(
+        "wrong/channel_conv",
+        lambda: Net(_channel_conv, a=conv(3, 8), e=nn.Conv1d(1, 1, 3, padding=1), c=conv(8, 2)),
+        note="no exact equivalent: neighbourhoods change",
+    ),
+    odd(
+        "wrong/softmax_channels",
+        lambda: Net(lambda m, x: m.c(m.a(x).softmax(1)), a=conv(3, 8), c=conv(8, 2)),
+        note="no exact equivalent: the denominator changes",
+    ),
+    odd(
+        "wrong/softmax_features",
+        lambda: Net(lambda m, x: m.c(m.a(x).softmax(-1)), a=lin(5, 8), c=lin(8, 3)),
+        features,
+        note="no exact equivalent",
+    ),
     odd("wrong/shared_weight", _shared, note="two layers, one tensor"),
-    odd("wrong/shared_parameter", lambda: Net(lambda m, x: m.c((m.a(x) * m.g).relu()) + m.d((m.b(x) * m.g).relu()),
-                                              a=lin(5, 6), b=lin(5, 6), g=param(6), c=lin(6, 3), d=lin(6, 3)),
-        features, note="one scale on two branches"),
-    odd("wrong/spatial_gate", lambda: Net(lambda m, x: m.c((h := m.a(x)) * m.g(h).sigmoid()), a=conv(3, 8),
-                                          g=conv(8, 1), c=conv(8, 2)), pictures, note="left at full width elsewhere"),
-    odd("wrong/spatial_attention", lambda: Net(
-        lambda m, x: m.c((h := m.a(x)) * m.g(torch.cat([h.mean(1, True), h.amax(1, True)], 1)).sigmoid()),
-        a=conv(3, 8), g=conv(2, 1), c=conv(8, 2)), note="mean and maximum over the channels (CBAM)"),
-    odd("wrong/channel_sum", lambda: Net(lambda m, x: m.c(m.a(x).relu().sum(1, keepdim=True)), a=conv(3, 8),
-                                         c=conv(1, 2)), note="left at full width elsewhere"),
+    odd(
+        "wrong/shared_parameter",
+        lambda: Net(
+            lambda m, x: m.c((m.a(x) * m.g).relu()) + m.d((m.b(x) * m.g).relu()),
+            a=lin(5, 6),
+            b=lin(5, 6),
+            g=param(6),
+            c=lin(6, 3),
+            d=lin(6, 3),
+        ),
+        features,
+        note="one scale on two branches",
+    ),
+    odd(
+        "wrong/spatial_gate",
+        lambda: Net(lambda m, x: m.c((h := m.a(x)) * m.g(h).sigmoid()), a=conv(3, 8), g=conv(8, 1), c=conv(8, 2)),
+        pictures,
+        note="left at full width elsewhere",
+    ),
+    odd(
+        "wrong/spatial_attention",
+        lambda: Net(
+            lambda m, x: m.c((h := m.a(x)) * m.g(torch.cat([h.mean(1, True), h.amax(1, True)], 1)).sigmoid()),
+            a=conv(3, 8),
+            g=conv(2, 1),
+            c=conv(8, 2),
+        ),
+        note="mean and maximum over the channels (CBAM)",
+    ),
+    odd(
+        "wrong/channel_sum",
+        lambda: Net(lambda m, x: m.c(m.a(x).relu().sum(1, keepdim=True)), a=conv(3, 8), c=conv(1, 2)),
+        note="left at full width elsewhere",
+    ),
 ]

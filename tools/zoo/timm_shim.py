@@ -18,8 +18,10 @@ _BOX = "Tensor input, Tensor rois, float spatial_scale, int pooled_height, int p
 _BACK = "Tensor grad, Tensor rois"
 _SIZE = "float spatial_scale, int pooled_height, int pooled_width"
 _IN = "int batch_size, int channels, int height, int width"
-_DEFORM = ("Tensor weight, Tensor offset, Tensor mask, Tensor bias, SymInt stride_h, SymInt stride_w, SymInt pad_h, "
-           "SymInt pad_w, SymInt dilation_h, SymInt dilation_w, SymInt groups, SymInt offset_groups, bool use_mask")
+_DEFORM = (
+    "Tensor weight, Tensor offset, Tensor mask, Tensor bias, SymInt stride_h, SymInt stride_w, SymInt pad_h, "
+    "SymInt pad_w, SymInt dilation_h, SymInt dilation_w, SymInt groups, SymInt offset_groups, bool use_mask"
+)
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -35,7 +37,7 @@ SCHEMAS = (
     f"_deform_conv2d_backward(Tensor grad, Tensor input, {_DEFORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-_library: torch.library.Library | None = None          # the declarations live as long as this object
+_library: torch.library.Library | None = None  # the declarations live as long as this object
 
 
 def _compiled() -> bool:

@@ -13,8 +13,11 @@ from .entry import Entry, case, image
 
 def cbr(cin: int, cout: int, k: int = 3, stride: int = 1, groups: int = 1, act: nn.Module | None = None) -> nn.Module:
     """Convolution, batch norm, activation (ReLU unless given)."""
-    return nn.Sequential(nn.Conv2d(cin, cout, k, stride, k // 2, groups=groups, bias=False), nn.BatchNorm2d(cout),
-                         nn.ReLU() if act is None else act)
+    return nn.Sequential(
+        nn.Conv2d(cin, cout, k, stride, k // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(cout),
+        nn.ReLU() if act is None else act,
+    )
 
 
 class Classifier(nn.Module):
@@ -85,9 +88,11 @@ class Inverted(nn.Module):
         super().__init__()
         make = getattr(nn, act)
         self.body = nn.Sequential(
-            cbr(cin, mid, 1, act=make()) if mid != cin else nn.Identity(), cbr(mid, mid, 3, stride, mid, act=make()),
+            cbr(cin, mid, 1, act=make()) if mid != cin else nn.Identity(),
+            cbr(mid, mid, 3, stride, mid, act=make()),
             Squeeze(mid, squeeze, act == "Hardswish") if squeeze else nn.Identity(),
-            cbr(mid, cout, 1, act=nn.Identity()))
+            cbr(mid, cout, 1, act=nn.Identity()),
+        )
         self.same = cin == cout and stride == 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,8 +115,14 @@ class Dense(nn.Module):
     @staticmethod
     def layer(cin: int, growth: int) -> nn.Module:
         """Norm, 1x1 to 4 growth rates (here 12), norm, 3x3 to the growth rate."""
-        return nn.Sequential(nn.BatchNorm2d(cin), nn.ReLU(), nn.Conv2d(cin, 12, 1, bias=False), nn.BatchNorm2d(12),
-                             nn.ReLU(), nn.Conv2d(12, growth, 3, padding=1, bias=False))
+        return nn.Sequential(
+            nn.BatchNorm2d(cin),
+            nn.ReLU(),
+            nn.Conv2d(cin, 12, 1, bias=False),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, growth, 3, padding=1, bias=False),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (batch, 19, height, width)."""
@@ -131,10 +142,12 @@ class Shuffle(nn.Module):
         """`branch`: half of the output width."""
         super().__init__()
         first = cin if stride > 1 else branch
-        self.right = nn.Sequential(cbr(first, branch, 1), cbr(branch, branch, 3, stride, branch, nn.Identity()),
-                                   cbr(branch, branch, 1))
-        self.left = nn.Sequential(cbr(cin, cin, 3, stride, cin, nn.Identity()), cbr(cin, branch, 1)) \
-            if stride > 1 else None
+        self.right = nn.Sequential(
+            cbr(first, branch, 1), cbr(branch, branch, 3, stride, branch, nn.Identity()), cbr(branch, branch, 1)
+        )
+        self.left = (
+            nn.Sequential(cbr(cin, cin, 3, stride, cin, nn.Identity()), cbr(cin, branch, 1)) if stride > 1 else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Concatenate and shuffle in two groups."""
@@ -174,8 +187,9 @@ class C2f(nn.Module):
         """`half`: width of one half."""
         super().__init__()
         self.a, self.c = cbr(cin, 2 * half, 1, act=nn.SiLU()), cbr((2 + blocks) * half, cout, 1, act=nn.SiLU())
-        self.m = nn.ModuleList([nn.Sequential(cbr(half, half, act=nn.SiLU()), cbr(half, half, act=nn.SiLU()))
-                                for _ in range(blocks)])
+        self.m = nn.ModuleList(
+            [nn.Sequential(cbr(half, half, act=nn.SiLU()), cbr(half, half, act=nn.SiLU())) for _ in range(blocks)]
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Every bottleneck has its own shortcut."""
@@ -286,8 +300,11 @@ class SuperResolution(nn.Module):
     def __init__(self) -> None:
         """Width 6, factor 2, twice."""
         super().__init__()
-        self.inp, self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 9, 3, padding=1), \
-            nn.Conv2d(9, 6, 3, padding=1)
+        self.inp, self.a, self.b = (
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Conv2d(6, 9, 3, padding=1),
+            nn.Conv2d(9, 6, 3, padding=1),
+        )
         self.up, self.out = nn.Conv2d(6, 20, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -326,9 +343,15 @@ class Video(nn.Module):
     def __init__(self) -> None:
         """Widths 6, 8, 9."""
         super().__init__()
-        self.body = nn.Sequential(nn.Conv3d(3, 6, 3, padding=1), nn.BatchNorm3d(6), nn.ReLU(),
-                                  nn.Conv3d(6, 8, (1, 3, 3), padding=(0, 1, 1)), nn.ReLU(),
-                                  nn.Conv3d(8, 9, (3, 1, 1), padding=(1, 0, 0)), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv3d(3, 6, 3, padding=1),
+            nn.BatchNorm3d(6),
+            nn.ReLU(),
+            nn.Conv3d(6, 8, (1, 3, 3), padding=(0, 1, 1)),
+            nn.ReLU(),
+            nn.Conv3d(8, 9, (3, 1, 1), padding=(1, 0, 0)),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(9, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -348,23 +371,54 @@ def _entry(name: str, model: Callable[[], nn.Module], size: int = 16, note: str 
 
 ENTRIES: list[Entry] = [
     _entry("resnet_basic", lambda: _net(cbr(3, 6), Basic(6, 7, 6), Basic(6, 9, 10, 2), Basic(10, 11, 10), width=10)),
-    _entry("resnet_bottleneck", lambda: _net(cbr(3, 6), Bottleneck(6, 5, 12), Bottleneck(12, 5, 12),
-                                             Bottleneck(12, 7, 20, 2), width=20)),
-    _entry("resnext", lambda: _net(cbr(3, 6), Bottleneck(6, 12, 14, groups=4), Bottleneck(14, 12, 14, groups=4),
-                                   width=14), note="4 groups of 3"),
-    _entry("regnet_y", lambda: _net(cbr(3, 6), Bottleneck(6, 10, 10, 2, 2, 3), Bottleneck(10, 10, 10, 1, 2, 3),
-                                    width=10), note="2 groups of 5, squeeze 3"),
+    _entry(
+        "resnet_bottleneck",
+        lambda: _net(cbr(3, 6), Bottleneck(6, 5, 12), Bottleneck(12, 5, 12), Bottleneck(12, 7, 20, 2), width=20),
+    ),
+    _entry(
+        "resnext",
+        lambda: _net(cbr(3, 6), Bottleneck(6, 12, 14, groups=4), Bottleneck(14, 12, 14, groups=4), width=14),
+        note="4 groups of 3",
+    ),
+    _entry(
+        "regnet_y",
+        lambda: _net(cbr(3, 6), Bottleneck(6, 10, 10, 2, 2, 3), Bottleneck(10, 10, 10, 1, 2, 3), width=10),
+        note="2 groups of 5, squeeze 3",
+    ),
     _entry("res2net", lambda: _net(cbr(3, 9), Res2(9, 5, 9), Res2(9, 4, 9), width=9)),
     _entry("densenet", lambda: _net(Dense(), width=19)),
-    _entry("shufflenet_v2", lambda: _net(cbr(3, 6), Shuffle(6, 5, 2), Shuffle(10, 5, 1), Shuffle(10, 5, 1),
-                                         width=10)),
-    _entry("mobilenet_v2", lambda: _net(cbr(3, 6, act=nn.ReLU6()), Inverted(6, 6, 5), Inverted(5, 12, 7, 2),
-                                        Inverted(7, 15, 7), cbr(7, 20, 1, act=nn.ReLU6()), width=20)),
-    _entry("mobilenet_v3", lambda: _net(cbr(3, 6, act=nn.Hardswish()), Inverted(6, 11, 7, 2, "Hardswish", 4),
-                                        Inverted(7, 15, 7, 1, "Hardswish", 5), cbr(7, 20, 1, act=nn.Hardswish()),
-                                        width=20)),
-    _entry("efficientnet", lambda: _net(cbr(3, 6, act=nn.SiLU()), Inverted(6, 6, 5, 1, "SiLU", 3),
-                                        Inverted(5, 12, 7, 2, "SiLU", 4), Inverted(7, 15, 7, 1, "SiLU", 4), width=7)),
+    _entry("shufflenet_v2", lambda: _net(cbr(3, 6), Shuffle(6, 5, 2), Shuffle(10, 5, 1), Shuffle(10, 5, 1), width=10)),
+    _entry(
+        "mobilenet_v2",
+        lambda: _net(
+            cbr(3, 6, act=nn.ReLU6()),
+            Inverted(6, 6, 5),
+            Inverted(5, 12, 7, 2),
+            Inverted(7, 15, 7),
+            cbr(7, 20, 1, act=nn.ReLU6()),
+            width=20,
+        ),
+    ),
+    _entry(
+        "mobilenet_v3",
+        lambda: _net(
+            cbr(3, 6, act=nn.Hardswish()),
+            Inverted(6, 11, 7, 2, "Hardswish", 4),
+            Inverted(7, 15, 7, 1, "Hardswish", 5),
+            cbr(7, 20, 1, act=nn.Hardswish()),
+            width=20,
+        ),
+    ),
+    _entry(
+        "efficientnet",
+        lambda: _net(
+            cbr(3, 6, act=nn.SiLU()),
+            Inverted(6, 6, 5, 1, "SiLU", 3),
+            Inverted(5, 12, 7, 2, "SiLU", 4),
+            Inverted(7, 15, 7, 1, "SiLU", 4),
+            width=7,
+        ),
+    ),
     _entry("c2f", lambda: _net(cbr(3, 6), C2f(6, 5, 9), SPPF(9, 4, 11), width=11)),
     _entry("inception", lambda: _net(cbr(3, 8), Inception(8), cbr(14, 10), width=10)),
     _entry("vgg", VGG),

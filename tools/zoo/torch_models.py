@@ -35,8 +35,9 @@ class Recurrent(nn.Module):
 class Attend(nn.Module):
     """A residual self- or cross-attention block around nn.MultiheadAttention."""
 
-    def __init__(self, weights: bool = False, kdim: int | None = None, mask: bool = False,
-                 batch_first: bool = True) -> None:
+    def __init__(
+        self, weights: bool = False, kdim: int | None = None, mask: bool = False, batch_first: bool = True
+    ) -> None:
         """Three heads of four; `weights` also returns the attention map, `kdim` attends to other features."""
         super().__init__()
         self.inp = nn.Linear(5, 12)
@@ -67,8 +68,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.inp = nn.Linear(5, 12)
         layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True, norm_first=first, activation=activation)
-        self.enc = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(12) if first else None,
-                                         enable_nested_tensor=False)
+        self.enc = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(12) if first else None, enable_nested_tensor=False)
         self.out = nn.Linear(12, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -211,22 +211,27 @@ def _sequence(model: Callable[[], nn.Module]) -> Callable[[], Case]:
 
 def _lstm() -> Case:
     """The bare nn.LSTM with its tuple output."""
-    return case(nn.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True),
-                lambda b: torch.randn(b, 7, 5, generator=source(b)))
+    return case(
+        nn.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True),
+        lambda b: torch.randn(b, 7, 5, generator=source(b)),
+    )
 
 
 def _bare_mha() -> Case:
     """The bare nn.MultiheadAttention, features at input and output."""
+
     def make(b: int) -> tuple[torch.Tensor, ...]:
         x = torch.randn(b, 7, 12, generator=source(b))
         return x, x + 0.1, x * 0.9
+
     return case(nn.MultiheadAttention(12, 3, batch_first=True), make)
 
 
 def _seq2seq() -> Case:
     """Encoder and decoder inputs of different lengths."""
-    return case(Seq2Seq(), lambda b: (torch.randn(b, 7, 5, generator=source(b)),
-                                      torch.randn(b, 6, 4, generator=source(b + 9))))
+    return case(
+        Seq2Seq(), lambda b: (torch.randn(b, 7, 5, generator=source(b)), torch.randn(b, 6, 4, generator=source(b + 9)))
+    )
 
 
 def _graph(nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,8 +250,10 @@ def _gat() -> Case:
 
 def _gcn() -> Case:
     """Dense adjacency with rows that sum to one."""
-    return case(GCN(), lambda b: (torch.randn(b, 6, 4, generator=source(b)),
-                                  torch.rand(b, 6, 6, generator=source(b + 9)).softmax(-1)))
+    return case(
+        GCN(),
+        lambda b: (torch.randn(b, 6, 4, generator=source(b)), torch.rand(b, 6, 6, generator=source(b + 9)).softmax(-1)),
+    )
 
 
 ENTRIES: list[Entry] = [

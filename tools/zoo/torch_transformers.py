@@ -133,8 +133,11 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.inp, self.qkv = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 45, 1)
         self.local = nn.Conv2d(45, 45, 3, padding=1, groups=45)
-        self.scale, self.out, self.last = nn.Parameter(torch.ones(3, 1, 1)), nn.Conv2d(15, 12, 1), \
-            nn.Conv2d(12, 3, 3, padding=1)
+        self.scale, self.out, self.last = (
+            nn.Parameter(torch.ones(3, 1, 1)),
+            nn.Conv2d(15, 12, 1),
+            nn.Conv2d(12, 3, 3, padding=1),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, 3, h, w) to the same; the softmax runs over the channels of a head."""
@@ -148,9 +151,17 @@ class LinearAttention(nn.Module):
 ENTRIES: list[Entry] = [
     Entry("plain_vit", "torch", lambda: case(PlainViT(), lambda b: image(b, 3, 16, 16)), note="fused qkv"),
     Entry("nano_gpt", "torch", lambda: case(NanoGPT(), lambda b: tokens(b, 9, 31)), note="fused qkv, tied"),
-    Entry("uvit", "torch", lambda: case(UViT(), lambda b: (image(b, 3, 8, 8), torch.arange(b) * 30.0 + 5)),
-          note="long skips"),
+    Entry(
+        "uvit",
+        "torch",
+        lambda: case(UViT(), lambda b: (image(b, 3, 8, 8), torch.arange(b) * 30.0 + 5)),
+        note="long skips",
+    ),
     Entry("mixer", "torch", lambda: case(Mixer(), lambda b: image(b, 3, 16, 16)), note="positions mixed by layers"),
-    Entry("channel_attention", "torch", lambda: case(LinearAttention(), lambda b: image(b, 3, 8, 8)),
-          note="softmax over channels"),
+    Entry(
+        "channel_attention",
+        "torch",
+        lambda: case(LinearAttention(), lambda b: image(b, 3, 8, 8)),
+        note="softmax over channels",
+    ),
 ]

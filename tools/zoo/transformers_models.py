@@ -30,9 +30,11 @@ def make(model: str, config: str, package: str | None = None, /, **values: Any) 
 
 def text(model: nn.Module, *, mask: bool = True, dynamic: dict[str, Any] | None = None, seed: int = 0) -> Case:
     """Token inputs (batch, 9), with an attention mask of ones unless told otherwise."""
+
     def inputs(b: int) -> dict[str, torch.Tensor]:
         ids = tokens(b, 9, VOCAB)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if mask else {"input_ids": ids}
+
     return case(model, inputs, dynamic=dynamic, seed=seed)
 
 
@@ -41,87 +43,201 @@ def llama(kv: int, heads: int = 6, attention: str = "sdpa", mask: bool = True, *
     width = 7 * heads
 
     def build() -> Case:
-        values = dict(vocab_size=VOCAB, hidden_size=width, intermediate_size=56, num_hidden_layers=2,
-                      num_attention_heads=heads, num_key_value_heads=kv, head_dim=8, attn_implementation=attention,
-                      max_position_embeddings=32, **SPECIAL)
+        values = dict(
+            vocab_size=VOCAB,
+            hidden_size=width,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            head_dim=8,
+            attn_implementation=attention,
+            max_position_embeddings=32,
+            **SPECIAL,
+        )
         return text(make("LlamaForCausalLM", "LlamaConfig", **(values | more)), mask=mask)
+
     return build
 
 
 def decoder(name: str, config: str = "", **more: Any) -> Callable[[], Case]:
     """A Llama-shaped causal model of another name: width 42, 6 query heads of 8, 2 key/value heads."""
+
     def build() -> Case:
-        values = dict(vocab_size=VOCAB, hidden_size=42, intermediate_size=56, num_hidden_layers=2,
-                      num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=32, **SPECIAL)
+        values = dict(
+            vocab_size=VOCAB,
+            hidden_size=42,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            **SPECIAL,
+        )
         return text(make(f"{name}ForCausalLM", config or f"{name}Config", **(values | more)))
+
     return build
 
 
 def gpt2() -> Case:
     """GPT-2: fused qkv and Conv1D weights stored (in, out), tied embeddings."""
-    return text(make("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=6, n_inner=56,
-                     n_positions=16, bos_token_id=1, eos_token_id=2))
+    return text(
+        make(
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            vocab_size=VOCAB,
+            n_embd=48,
+            n_layer=2,
+            n_head=6,
+            n_inner=56,
+            n_positions=16,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 def bert(model: str = "BertForSequenceClassification", config: str = "BertConfig", **more: Any) -> Callable[[], Case]:
     """A BERT-shaped encoder with a classifier of 5 labels."""
+
     def build() -> Case:
-        values = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=56, num_hidden_layers=2,
-                      num_attention_heads=6, max_position_embeddings=32, num_labels=5, pad_token_id=0)
+        values = dict(
+            vocab_size=VOCAB,
+            hidden_size=48,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            max_position_embeddings=32,
+            num_labels=5,
+            pad_token_id=0,
+        )
         return text(make(model, config, **(values | more)))
+
     return build
 
 
 def distilbert() -> Case:
     """DistilBERT names its sizes differently."""
-    return text(make("DistilBertForSequenceClassification", "DistilBertConfig", vocab_size=VOCAB, dim=48, n_heads=6,
-                     hidden_dim=56, n_layers=2, max_position_embeddings=32, num_labels=5))
+    return text(
+        make(
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            vocab_size=VOCAB,
+            dim=48,
+            n_heads=6,
+            hidden_dim=56,
+            n_layers=2,
+            max_position_embeddings=32,
+            num_labels=5,
+        )
+    )
 
 
 def gpt_neox(**more: Any) -> Case:
     """GPT-NeoX: fused qkv laid out per head, a quarter of each head rotated, parallel residual."""
-    return text(make("GPTNeoXForCausalLM", "GPTNeoXConfig", vocab_size=VOCAB, hidden_size=48, num_hidden_layers=2,
-                     num_attention_heads=6, intermediate_size=56, max_position_embeddings=32, **SPECIAL, **more))
+    return text(
+        make(
+            "GPTNeoXForCausalLM",
+            "GPTNeoXConfig",
+            vocab_size=VOCAB,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            intermediate_size=56,
+            max_position_embeddings=32,
+            **SPECIAL,
+            **more,
+        )
+    )
 
 
 def bloom() -> Case:
     """BLOOM: fused qkv laid out per head, ALiBi built from the number of heads, tied embeddings."""
-    return text(make("BloomForCausalLM", "BloomConfig", vocab_size=VOCAB, hidden_size=48, n_layer=2, n_head=6,
-                     bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    return text(
+        make(
+            "BloomForCausalLM",
+            "BloomConfig",
+            vocab_size=VOCAB,
+            hidden_size=48,
+            n_layer=2,
+            n_head=6,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
 
 
 def opt(**more: Any) -> Case:
     """OPT: learned positions, tied embeddings; word_embed_proj_dim adds projections around the stream."""
-    values = dict(vocab_size=VOCAB, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, ffn_dim=56,
-                  max_position_embeddings=32, word_embed_proj_dim=48, **SPECIAL)
+    values = dict(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        ffn_dim=56,
+        max_position_embeddings=32,
+        word_embed_proj_dim=48,
+        **SPECIAL,
+    )
     return text(make("OPTForCausalLM", "OPTConfig", **(values | more)))
 
 
 def t5(encoder: bool, gated: bool = False) -> Callable[[], Case]:
     """T5: one relative position table per stack, head size (8) free of the width (40)."""
+
     def build() -> Case:
-        model = make("T5EncoderModel" if encoder else "T5ForConditionalGeneration", "T5Config", vocab_size=VOCAB,
-                     d_model=40, d_kv=8, d_ff=56, num_layers=2, num_heads=6, relative_attention_num_buckets=8,
-                     relative_attention_max_distance=16, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-                     feed_forward_proj="gated-gelu" if gated else "relu", tie_word_embeddings=not gated)
+        model = make(
+            "T5EncoderModel" if encoder else "T5ForConditionalGeneration",
+            "T5Config",
+            vocab_size=VOCAB,
+            d_model=40,
+            d_kv=8,
+            d_ff=56,
+            num_layers=2,
+            num_heads=6,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=16,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+            feed_forward_proj="gated-gelu" if gated else "relu",
+            tie_word_embeddings=not gated,
+        )
         if encoder:
             return text(model)
         return case(model, lambda b: {"input_ids": tokens(b, 9, VOCAB), "decoder_input_ids": tokens(b, 7, VOCAB, 5)})
+
     return build
 
 
 def whisper(encoder: bool) -> Callable[[], Case]:
     """Whisper: two convolutions in front of the encoder, 20 frames, keys without bias."""
+
     def build() -> Case:
-        values = dict(vocab_size=VOCAB, num_mel_bins=5, encoder_layers=2, encoder_attention_heads=6,
-                      decoder_layers=2, decoder_attention_heads=6, encoder_ffn_dim=56, decoder_ffn_dim=52,
-                      d_model=48, max_source_positions=10, max_target_positions=12, decoder_start_token_id=3,
-                      **SPECIAL)
+        values = dict(
+            vocab_size=VOCAB,
+            num_mel_bins=5,
+            encoder_layers=2,
+            encoder_attention_heads=6,
+            decoder_layers=2,
+            decoder_attention_heads=6,
+            encoder_ffn_dim=56,
+            decoder_ffn_dim=52,
+            d_model=48,
+            max_source_positions=10,
+            max_target_positions=12,
+            decoder_start_token_id=3,
+            **SPECIAL,
+        )
         if encoder:
             model = make("WhisperEncoder", "WhisperConfig", "transformers.models.whisper.modeling_whisper", **values)
             return case(model, lambda b: {"input_features": image(b, 5, 20)})
-        return case(make("WhisperForConditionalGeneration", "WhisperConfig", **values),
-                    lambda b: {"input_features": image(b, 5, 20), "decoder_input_ids": tokens(b, 7, VOCAB)})
+        return case(
+            make("WhisperForConditionalGeneration", "WhisperConfig", **values),
+            lambda b: {"input_features": image(b, 5, 20), "decoder_input_ids": tokens(b, 7, VOCAB)},
+        )
+
     return build
 
 
@@ -132,24 +248,62 @@ def mixtral() -> Case:
 
 def mamba() -> Case:
     """Mamba: selective state space, fused input projection split in two, state size 4."""
-    return text(make("MambaForCausalLM", "MambaConfig", vocab_size=VOCAB, hidden_size=20, state_size=4,
-                     num_hidden_layers=2, expand=2, conv_kernel=3, time_step_rank=5, pad_token_id=0,
-                     bos_token_id=1, eos_token_id=2), mask=False)
+    return text(
+        make(
+            "MambaForCausalLM",
+            "MambaConfig",
+            vocab_size=VOCAB,
+            hidden_size=20,
+            state_size=4,
+            num_hidden_layers=2,
+            expand=2,
+            conv_kernel=3,
+            time_step_rank=5,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        mask=False,
+    )
 
 
 def clip() -> Case:
     """CLIP: two towers of different widths into one projection, logits of images against texts."""
-    model = make("CLIPModel", "CLIPConfig", text_config=dict(
-        vocab_size=VOCAB, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=3,
-        max_position_embeddings=12, **SPECIAL), vision_config=dict(
-        hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6, image_size=16,
-        patch_size=8), projection_dim=10)
-    return case(model, lambda b: {"input_ids": tokens(b, 9, VOCAB), "pixel_values": image(b, 3, 16, 16),
-                                  "attention_mask": torch.ones(b, 9, dtype=torch.long)})
+    model = make(
+        "CLIPModel",
+        "CLIPConfig",
+        text_config=dict(
+            vocab_size=VOCAB,
+            hidden_size=24,
+            intermediate_size=28,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=12,
+            **SPECIAL,
+        ),
+        vision_config=dict(
+            hidden_size=48,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            image_size=16,
+            patch_size=8,
+        ),
+        projection_dim=10,
+    )
+    return case(
+        model,
+        lambda b: {
+            "input_ids": tokens(b, 9, VOCAB),
+            "pixel_values": image(b, 3, 16, 16),
+            "attention_mask": torch.ones(b, 9, dtype=torch.long),
+        },
+    )
 
 
 ENTRIES: list[Entry] = [
-    Entry(name, "transformers", build, NEEDS, note) for name, build, note in (
+    Entry(name, "transformers", build, NEEDS, note)
+    for name, build, note in (
         ("llama_mha", llama(6), "rotary, key/value heads as many as query heads"),
         ("llama_gqa", llama(2), "2 key/value heads, 3 query heads each"),
         ("llama_gqa_4_2", llama(2, 4), ""),
