@@ -81,13 +81,17 @@ class DepGraph:
 
     def __getitem__(self, name: str) -> CouplingGroup:
         """Return the group called ``name``; KeyError names the nearest ones."""
-        for group in self.groups:
-            if group.name == name:
-                return group
+        found = self._by_name.get(name)
+        if found is not None:
+            return found
         import difflib
 
-        near = difflib.get_close_matches(name, [g.name for g in self.groups], 3)
+        near = difflib.get_close_matches(name, self._by_name, 3)
         raise KeyError(f"no coupling group {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+
+    @cached_property
+    def _by_name(self) -> dict[str, CouplingGroup]:
+        return {group.name: group for group in self.groups}
 
     @cached_property
     def operators(self) -> nx.DiGraph:

@@ -181,9 +181,14 @@ class ProgramModule(nn.Module):
 def get_tensor(gm: GraphModule, target: str) -> Tensor | None:
     """Return the parameter, buffer or constant named ``target``; None when it is not a tensor."""
     owner: Any = gm
-    for part in target.split("."):
-        owner = getattr(owner, part)
-    return owner if isinstance(owner, Tensor) else None
+    *path, name = target.split(".")
+    for part in path:
+        # The registries first: `getattr` of a module comes to them only after its own lookup has failed.
+        owner = owner._modules.get(part) or getattr(owner, part)
+    value = owner._parameters.get(name)
+    value = owner._buffers.get(name) if value is None else value
+    value = getattr(owner, name) if value is None else value
+    return value if isinstance(value, Tensor) else None
 
 
 def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:

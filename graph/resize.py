@@ -164,11 +164,12 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
     work = program.copy()
     new_of = dict(zip(old.graph.nodes, work.graph_module.graph.nodes, strict=True))
     tensors = _cut_tensors(graph, rz, work)
+    on_copy = _OnCopy(rz, new_of)
     for node, twin in new_of.items():
         if node.op == "call_function":
             rule = rule_for(node.target)
             if rule is not None and rule.resize is not None:
-                rule.resize(_OnCopy(rz, new_of), twin)
+                rule.resize(on_copy, twin)
     _record_shapes(rz, new_of, work)
     verify(work)
     work.graph_module.recompile()

@@ -86,6 +86,7 @@ class RemoveChannels(Pass):
     """
 
     name: ClassVar[str] = "remove-channels"
+    only_resizes: ClassVar[bool] = True
 
     ratio: float = 0.5
     criterion: str = "magnitude-l2"
