@@ -41,8 +41,8 @@ from .artifact_record import (
     sha256,
 )
 from .artifact_state import check_no_meta, collect, read_tensors, take, write_tensors
-from .fixture import fingerprint, quiet, realise, same_fingerprint, tensors_of
-from .watch import first_line
+from .forward_trace import first_line
+from .self_check import fingerprint, quiet, realise, same_fingerprint, tensors_of
 from .write_back import RECORD, WriteBackRecord, config_text
 
 GENERATION_FILE = "generation_config.json"

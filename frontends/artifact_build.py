@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..graph.errors import ArtifactError
-from .watch import first_line
+from .forward_trace import first_line
 
 LIBRARIES: Mapping[str, str] = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin"}
 FACTORY_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")

@@ -20,13 +20,13 @@ from ..graph.depgraph import depgraph
 from ..graph.errors import PreconditionError, WriteBackError
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord, cut_tensor
+from .attribute_search import Settler
 from .attributes import Value, set_size
 from .capture import capture
-from .fixture import NotDescribable, describe
+from .forward_trace import first_line
 from .multihead import ResizedMultiheadAttention
-from .settle import Settler
+from .self_check import NotDescribable, describe
 from .sizes import SizeChanges
-from .watch import first_line
 
 RECORD = "graphwright_record"
 

@@ -1,4 +1,4 @@
-"""Judges a digit denoiser by its pictures: sampling, Frechet distance, picture grids and a calibration loss.
+"""Judge a digit denoiser by its pictures: sampling, Frechet distance, picture grids and a calibration loss.
 
 A compiled, pruned or quantised copy of ``builtin:digits-ddpm`` is good if it still draws digits. Everything
 here takes any callable, so that an eager module, a program and an ONNX Runtime session are judged alike::
@@ -41,9 +41,10 @@ __all__ = [
     "taylor_batches",
 ]
 
+# ``denoise(sample [n, 1, 8, 8], timestep [n] int64) -> noise [n, 1, 8, 8]`` (a tensor or a NumPy array).
 Denoise = Callable[[Tensor, Tensor], Any]
-"""``denoise(sample [n, 1, 8, 8], timestep [n] int64) -> noise [n, 1, 8, 8]`` (a tensor or a NumPy array)."""
 
+# Noise schedule of ``digits-ddpm`` (as in its ``scheduler_config.json``), for diffusers' schedulers.
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "squaredcos_cap_v2",
@@ -51,7 +52,6 @@ SCHEDULE: dict[str, Any] = {
     "clip_sample": True,
     "clip_sample_range": 1.0,
 }
-"""Noise schedule of ``digits-ddpm`` (as in its ``scheduler_config.json``), for diffusers' schedulers."""
 
 MAX_BATCH = 128
 
@@ -65,7 +65,7 @@ class NoisyBatch(NamedTuple):
 
 
 def denoiser(program: Callable[..., Any]) -> Denoise:
-    """Makes a :data:`Denoise` of a program called as ``program(sample, timestep, return_dict=False)[0]``."""
+    """Return a `Denoise` of a program called as ``program(sample, timestep, return_dict=False)[0]``."""
 
     def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
         return program(sample, timestep, return_dict=False)[0]
@@ -82,25 +82,25 @@ def sample_digits(
     batch: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draws digits by deterministic DDIM sampling (eta 0).
+    """Draw digits by deterministic DDIM sampling (eta 0).
 
     All starting noise is drawn first, on the CPU: a seed gives the same pictures for every batch size and
     device, up to rounding.
 
     Args:
-        denoise: predicts the noise, see :data:`Denoise`; for a module, ``denoiser(module)``.
-        count: number of pictures.
+        denoise: Predicts the noise, see `Denoise`; for a module, ``denoiser(module)``.
+        count: Number of pictures.
         steps: DDIM steps, 1 to 1000; each calls ``denoise`` once per batch.
-        seed: seed of the starting noise.
-        batch: rows of every call, by default ``min(count, 128)``. The last batch is padded to it, so that
+        seed: Of the starting noise.
+        batch: Rows of every call, by default ``min(count, 128)``. The last batch is padded to it, so that
             programs compiled for one shape need no other.
-        device: where ``denoise`` gets its inputs.
+        device: Where ``denoise`` gets its inputs.
 
     Returns:
-        float32 CPU tensor ``[count, 1, 8, 8]`` in [-1, 1].
+        ``[count, 1, 8, 8]``, float32, on the CPU, in [-1, 1].
 
     Raises:
-        ValueError: count, steps or batch is out of range, or ``denoise`` returns another shape.
+        ValueError: Count, steps or batch is out of range, or ``denoise`` returns another shape.
         ImportError: diffusers is not installed.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -129,21 +129,21 @@ def sample_digits(
 
 
 def frechet_distance(features_a: Any, features_b: Any) -> float:
-    """Squared Frechet distance between Gaussians fitted to two sets of features (as in FID).
+    """Return the squared Frechet distance between Gaussians fitted to two sets of features (as in FID).
 
     ``|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2))`` for the covariances A and B, in float64. The trace
     of the root comes from the eigenvalues of the symmetric ``A^(1/2) B A^(1/2)``, which stay real
     where a root of the product turns complex for nearly singular covariances.
 
     Args:
-        features_a: tensor or array ``[n, d]`` with n at least 2; a small n biases the distance upwards.
-        features_b: tensor or array ``[m, d]`` with m at least 2.
+        features_a: Tensor or array ``[n, d]`` with n at least 2; a small n biases the distance upwards.
+        features_b: Tensor or array ``[m, d]`` with m at least 2.
 
     Returns:
         The distance, in squared feature units; 0 for equal Gaussians.
 
     Raises:
-        ValueError: the shapes do not fit, or a feature is not finite.
+        ValueError: The shapes do not fit, or a feature is not finite.
     """
     a, b = (torch.as_tensor(f).detach().to("cpu", torch.float64) for f in (features_a, features_b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
@@ -160,19 +160,19 @@ def frechet_distance(features_a: Any, features_b: Any) -> float:
 
 @torch.no_grad()
 def digits_features(images: Tensor, classifier: DigitClassifier | None = None) -> Tensor:
-    """Features ``[n, 64]`` of images ``[n, 1, 8, 8]`` in [-1, 1], by default in the shipped classifier."""
+    """Return features ``[n, 64]`` of images ``[n, 1, 8, 8]`` in [-1, 1], by default in the shipped classifier."""
     model = digits_classifier() if classifier is None else classifier
     return torch.cat([model.features(part) for part in images.to(torch.float32).split(512)])
 
 
 def digits_frechet(images: Tensor) -> float:
-    """Frechet distance from pictures to all 1797 real digits, in the shipped classifier's features.
+    """Return the Frechet distance from pictures to all 1797 real digits, in the shipped classifier's features.
 
     Args:
-        images: float tensor ``[n, 1, 8, 8]`` in [-1, 1]; compare distances at equal n only (256 or more).
+        images: ``[n, 1, 8, 8]`` in [-1, 1]; compare distances at equal n only (256 or more).
 
     Raises:
-        ValueError: the shape is another one, or a pixel is not finite.
+        ValueError: The shape is another one, or a pixel is not finite.
         ImportError: scikit-learn is not installed.
     """
     if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
@@ -221,7 +221,7 @@ def data_uri(png: bytes) -> str:
 
 
 def noisy_batch(images: Tensor, seed: int = 0) -> NoisyBatch:
-    """Adds seeded noise at random timesteps to images ``[n, 1, 8, 8]`` in [-1, 1], as in training.
+    """Add seeded noise at random timesteps to images ``[n, 1, 8, 8]`` in [-1, 1], as in training.
 
     Timesteps are stratified, one from each n-th of the range 0 to 999, which lowers the variance of a loss.
     """
@@ -237,20 +237,17 @@ def noisy_batch(images: Tensor, seed: int = 0) -> NoisyBatch:
 
 
 def epsilon_loss(program: Callable[..., Any], batch: NoisyBatch) -> Tensor:
-    """Mean squared error of the noise that ``program(sample, timestep, return_dict=False)[0]`` predicts.
-
-    Returns a scalar tensor that gradients flow through.
-    """
+    """Return the mean squared error, a scalar, of the noise that ``program(sample, timestep, return_dict=False)[0]`` is."""
     return nn.functional.mse_loss(program(batch.sample, batch.timestep, return_dict=False)[0], batch.noise)
 
 
 def denoising_loss(module: Callable[..., Any], images: Tensor, seed: int = 0) -> Tensor:
-    """The training loss on given images: mean squared noise error over random timesteps.
+    """Return the training loss on given images: mean squared noise error over random timesteps.
 
     Args:
-        module: module or program, called as ``module(sample, timestep, return_dict=False)[0]``.
-        images: float tensor ``[n, 1, 8, 8]`` in [-1, 1].
-        seed: seed of timesteps and noise; equal seeds make losses of two modules comparable.
+        module: Module or program, called as ``module(sample, timestep, return_dict=False)[0]``.
+        images: ``[n, 1, 8, 8]`` in [-1, 1].
+        seed: Of timesteps and noise; equal seeds make losses of two modules comparable.
 
     Returns:
         A scalar tensor; 1.0 is what predicting zero scores.
@@ -259,15 +256,15 @@ def denoising_loss(module: Callable[..., Any], images: Tensor, seed: int = 0) ->
 
 
 def taylor_batches(count: int = 8, batch: int = 64, seed: int = 0) -> list[NoisyBatch]:
-    """Noisy batches of real training digits, for importance scores that need gradients.
+    """Return noisy batches of real training digits, for importance scores that need gradients.
 
     Args:
-        count: number of batches.
-        batch: digits in each; count * batch may exceed the 1438 training digits, which then come again.
-        seed: seed of the choice of digits, timesteps and noise.
+        count: Number of batches.
+        batch: Digits in each; count * batch may exceed the 1438 training digits, which then come again.
+        seed: Of the choice of digits, timesteps and noise.
 
     Raises:
-        ValueError: count or batch is not positive.
+        ValueError: Count or batch is not positive.
         ImportError: scikit-learn or diffusers is not installed.
     """
     if count < 1 or batch < 1:
@@ -283,14 +280,14 @@ def taylor_batches(count: int = 8, batch: int = 64, seed: int = 0) -> list[Noisy
 def calibration(
     count: int = 8, batch: int = 64, seed: int = 0
 ) -> tuple[Callable[[Callable[..., Any], NoisyBatch], Tensor], list[NoisyBatch]]:
-    """What a gradient-based importance score needs: ``(loss, batches)``, used as ``loss(program, batch)``.
+    """Return what a gradient-based importance score needs: ``(loss, batches)``, used as ``loss(program, batch)``.
 
-    Arguments and errors are those of :func:`taylor_batches`; the loss is :func:`epsilon_loss`.
+    Arguments and errors are those of `taylor_batches`; the loss is `epsilon_loss`.
     """
     return epsilon_loss, taylor_batches(count, batch, seed)
 
 
 @cache
 def _real_features() -> Tensor:
-    """Features of every real digit ``[1797, 64]``; they never change, and reading the digits is slow."""
+    """Return features of every real digit ``[1797, 64]``; they never change, and reading the digits is slow."""
     return digits_features(torch.cat(digits_images()))

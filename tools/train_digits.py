@@ -1,11 +1,11 @@
-"""Trains the built-in digit models and writes their folders.
+"""Train the built-in digit models and write their folders.
 
     python -m graphwright.tools.train_digits                      # both, about 20 minutes on one core
     python -m graphwright.tools.train_digits --part classifier    # seconds
 
 Runs on one CPU thread with seeded generators, so that the same versions of the same libraries on the same
 kind of processor write the same weights. ``training.json`` in each folder records the settings and the
-measured quality. The classifier comes first: it judges the denoiser. Needs ``graphwright[hf,test]``.
+measured quality. The classifier comes first: it judges the denoiser. Needs ``graphwright[hf,digits]``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..frontends.builtin import (
+from ..frontends.builtin.digits import (
     FOLDER,
     HELD_OUT_FRACTION,
     SPLIT_SEED,
@@ -56,13 +56,13 @@ UNET: dict[str, Any] = {
 
 
 def train_classifier(steps: int, batch: int, rate: float, seed: int) -> tuple[DigitClassifier, Record]:
-    """Trains the classifier on the train split, with pixel shifts and noise.
+    """Train the classifier on the train split, with pixel shifts and noise.
 
     Args:
-        steps: optimiser steps.
-        batch: images of a step.
-        rate: peak learning rate; it warms up and then follows a cosine to zero.
-        seed: seed of weights, batches and augmentation.
+        steps: Optimiser steps.
+        batch: Images of a step.
+        rate: Peak learning rate; it warms up and then follows a cosine to zero.
+        seed: Of weights, batches and augmentation.
 
     Returns:
         The classifier in eval mode, and what to record about its training.
@@ -101,12 +101,14 @@ def train_classifier(steps: int, batch: int, rate: float, seed: int) -> tuple[Di
 
 
 def train_denoiser(steps: int, batch: int, rate: float, decay: float, seed: int) -> tuple[UNet2DModel, Record]:
-    """Trains the noise predictor on the train split and keeps the moving average of its weights.
+    """Train the noise predictor on the train split and keep the moving average of its weights.
 
     Args:
-        steps, batch, rate: as in :func:`train_classifier`.
-        decay: of the moving average of weights (it starts lower, so that initial weights are soon forgotten).
-        seed: seed of weights, batches, timesteps and noise.
+        steps: Optimiser steps.
+        batch: Images of a step.
+        rate: Peak learning rate, as in `train_classifier`.
+        decay: Of the moving average of weights (it starts lower, so that initial weights are soon forgotten).
+        seed: Of weights, batches, timesteps and noise.
 
     Returns:
         The averaged model in eval mode, and what to record about its training.
@@ -155,11 +157,11 @@ def train_denoiser(steps: int, batch: int, rate: float, decay: float, seed: int)
 
 
 def judge_denoiser(model: nn.Module, classifier: DigitClassifier) -> Record:
-    """Measures a denoiser, beside the distances that give its own a scale.
+    """Measure a denoiser, beside the distances that give its own a scale.
 
     Args:
-        model: the denoiser, in eval mode.
-        classifier: whose features are compared, in eval mode.
+        model: The denoiser, in eval mode.
+        classifier: Whose features are compared, in eval mode.
 
     Returns:
         The loss on held-out digits, and Frechet distances: of 256 and 1024 sampled digits, of 256 real digits
@@ -186,16 +188,16 @@ def judge_denoiser(model: nn.Module, classifier: DigitClassifier) -> Record:
 
 
 def save(model: nn.Module, folder: Path, config: dict[str, Any] | None, record: dict[str, Any]) -> None:
-    """Writes ``model.safetensors`` and ``training.json`` into a folder, which is made if missing.
+    """Write ``model.safetensors`` and ``training.json`` into a folder, which is made if missing.
 
     Args:
-        model: whose state dict is written as it is.
-        folder: of the model.
-        config: content of ``config.json``; None leaves that file alone.
-        record: facts of the training; versions and the split are added.
+        model: Whose state dict is written as it is.
+        folder: Of the model.
+        config: Content of ``config.json``; None leaves that file alone.
+        record: Facts of the training; versions and the split are added.
 
     Raises:
-        ValueError: the weights take more than 3.9 MB, too much to ship.
+        ValueError: The weights take more than 3.9 MB, too much to ship.
     """
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if (size := sum(t.numel() * t.element_size() for t in weights.values())) > MAX_BYTES:
@@ -219,7 +221,7 @@ def save(model: nn.Module, folder: Path, config: dict[str, Any] | None, record: 
 
 
 def save_denoiser(model: UNet2DModel, folder: Path, record: dict[str, Any]) -> None:
-    """Writes the denoiser's folder; diffusers writes both configurations, so that it reads them back."""
+    """Write the denoiser's folder; diffusers writes both configurations, so that it reads them back."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     save(model, folder, None, record)
@@ -228,7 +230,7 @@ def save_denoiser(model: UNet2DModel, folder: Path, record: dict[str, Any]) -> N
 
 
 def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless index batches of one size; every index comes once before any comes again."""
+    """Yield endless index batches of one size; every index comes once before any comes again."""
     order = torch.empty(0, dtype=torch.int64)
     while True:
         while len(order) < batch:
@@ -238,7 +240,7 @@ def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Ten
 
 
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images ``[n, 1, 8, 8]``, each moved by at most one pixel along each axis; blank paper moves in."""
+    """Return images ``[n, 1, 8, 8]``, each moved by at most one pixel along each axis; blank paper moves in."""
     count, side = len(images), images.shape[-1]
     padded = nn.functional.pad(images, (1, 1, 1, 1), value=-1.0)
     down, right = torch.randint(0, 3, (2, count, 1, 1), generator=generator)
@@ -248,7 +250,7 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, warm: int = 200) -> None:
-    """Sets the learning rate of a step: linear up over ``warm`` steps, then half a cosine down to zero."""
+    """Set the learning rate of a step: linear up over ``warm`` steps, then half a cosine down to zero."""
     rise = min(1.0, (step + 1) / warm)
     for group in optimizer.param_groups:
         group["lr"] = peak * rise * 0.5 * (1.0 + math.cos(math.pi * step / steps))
@@ -256,18 +258,18 @@ def _set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: i
 
 @torch.no_grad()
 def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
-    """Moves the averaged weights towards the model's, in place."""
+    """Move the averaged weights towards the model's, in place."""
     for kept, new in zip(averaged.parameters(), model.parameters(), strict=True):
         kept.lerp_(new, 1.0 - decay)
 
 
 def _running(running: float, loss: float, step: int) -> float:
-    """Moving average of the loss over about 100 steps."""
+    """Return the moving average of the loss over about 100 steps."""
     return loss if step == 0 else running + (loss - running) / min(step + 1, 100)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line entry; ``arguments`` defaults to the process's own."""
+    """Run the command line; ``arguments`` defaults to the process's own."""
     parser = argparse.ArgumentParser(description="Train the built-in digit models.")
     parser.add_argument("--part", choices=("all", "classifier", "denoiser"), default="all")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for both models' folders")

@@ -18,7 +18,7 @@ from torch import nn
 from graphwright.frontends import artifact, artifact_record
 from graphwright.frontends.artifact import load, save
 from graphwright.frontends.attributes import sizes_of
-from graphwright.frontends.fixture import tensors_of
+from graphwright.frontends.self_check import tensors_of
 from graphwright.frontends.multihead import ResizedMultiheadAttention
 from graphwright.frontends.write_back import named_tensors, write_back
 from graphwright.graph.errors import ArtifactError

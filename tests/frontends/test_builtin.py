@@ -114,7 +114,7 @@ def test_a_name_like_no_other_gets_no_guess():
 
 @pytest.mark.parametrize(
     ("missing", "call", "extra"),
-    [("sklearn", digits_images, "test"), ("diffusers", lambda: load_builtin("digits-ddpm"), "hf")],
+    [("sklearn", digits_images, "digits"), ("diffusers", lambda: load_builtin("digits-ddpm"), "hf")],
 )
 def test_missing_library_names_the_extra_to_install(monkeypatch, missing, call, extra):
     real = builtins.__import__

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphwright.frontends.fixture import tensors_of
+from graphwright.frontends.self_check import tensors_of
 from graphwright.frontends.multihead import ResizedMultiheadAttention
 from graphwright.frontends.write_back import WriteBackRecord, named_tensors, write_back
 from graphwright.graph.errors import PreconditionError, WriteBackError

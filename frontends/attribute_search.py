@@ -24,10 +24,10 @@ from ..graph.program import Program
 from ..graph.resize import RemovalRecord
 from .attention_scale import ScaleKeeper
 from .attributes import ROLES, Proposal, Value, get_size, proposals, set_size, sizes_of
-from .fixture import deviation, quiet, second_inputs, tensors_of, tolerance
-from .layers import is_layer, layer_attributes, layer_literals
+from .forward_trace import Departure, attribute_reads, first_departure, first_line, program_values, share
+from .self_check import deviation, quiet, second_inputs, tensors_of, tolerance
 from .sizes import HEAD_DIM, VALUE_DIM, SizeChange, SizeChanges
-from .watch import Departure, attribute_reads, first_departure, first_line, program_values, share
+from .torch_layers import is_layer, layer_attributes, layer_literals
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Seeded inputs that need no stored values, and fingerprints of what a module makes of them.
+"""The self-check of a module: seeded inputs that need no stored values, and fingerprints of its outputs.
 
 Write-back compares a module with its Program on inputs of another batch size; a saved model carries a self-check.
 Both describe each input by shape, dtype, range and seed, as plain data, so that nothing but JSON has to be kept.

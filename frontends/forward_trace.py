@@ -1,4 +1,4 @@
-"""Watching a module's forward: which attributes it reads, and where it first departs from a Program."""
+"""Tracing a module's forward: which attributes it reads, and where it first departs from a Program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx import Interpreter, Node
 
 from ..graph.program import Program
 from .attributes import config_of, sizes_of
-from .fixture import quiet, tensors_of
+from .self_check import quiet, tensors_of
 
 # Two values are taken for the same when their moments agree this well, relative to the norm.
 MOMENT_TOLERANCE = 1e-3
