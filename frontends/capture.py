@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def capture(
         args, kwargs = pytree.tree_unflatten(leaves, in_spec)
         notes.append("the example batch was doubled to 2: an example batch of 1 would fix the batch size")
     try:
-        exported = _export(model, args, kwargs, leaves, labels)
+        with _labels_are_equal(model, names, labels):
+            exported = _export(model, args, kwargs, leaves, labels)
     except Exception as err:
         if not by_default:
             raise _capture_error(model, err) from err
@@ -112,6 +114,30 @@ def _export(
             module.training = mode
 
 
+@contextmanager
+def _labels_are_equal(model: nn.Module, names: list[str], labels: dict[int, dict[int, str]]) -> Iterator[None]:
+    """Tell the trace that dimensions of one label have one size, where no operator says so.
+
+    Otherwise each has a symbol of its own, and a mask's batch divided by the sample's is no known number of heads.
+    """
+    places: dict[str, list[tuple[str, int]]] = {}
+    for i, dims in labels.items():
+        for dim, label in dims.items():
+            places.setdefault(label, []).append((names[i], dim))
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = dict(zip(_leaf_names(module, args, kwargs), pytree.tree_leaves((args, kwargs)), strict=True))
+        for (first, dim), *others in places.values():
+            for name, other in others:
+                torch._check(values[name].shape[other] == values[first].shape[dim])
+
+    hook = model.register_forward_pre_hook(check, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _match_leaves(bound: list[Any], leaves: list[Any]) -> list[int]:
     free = list(range(len(leaves)))
     order = []
@@ -148,6 +174,7 @@ def _dynamic_labels(names: list[str], leaves: list[Any], dynamic: DynamicDims | 
         batch = tensors[0][1].shape[0]
         return {i: {0: "batch"} for i, leaf in tensors if leaf.shape[0] == batch}
     labels: dict[int, dict[int, str]] = {}
+    sizes: dict[str, tuple[int, str]] = {}
     for name, dims in dynamic.items():
         if name not in names:
             raise CaptureError(f"dynamic names the input '{name}'; the inputs are {names}")
@@ -165,7 +192,14 @@ def _dynamic_labels(names: list[str], leaves: list[Any], dynamic: DynamicDims | 
                     "give an example of size 2 or more, since sizes 0 and 1 are special to torch.export"
                 )
             # torch.export's own marker is accepted in place of a name.
-            labels[index][dim % leaf.dim()] = label if isinstance(label, str) else f"{name}_{dim}"
+            label = label if isinstance(label, str) else f"{name}_{dim}"
+            size, where = sizes.setdefault(label, (leaf.shape[dim], f"dimension {dim} of '{name}'"))
+            if leaf.shape[dim] != size:
+                raise CaptureError(
+                    f"dynamic gives dimension {dim} of '{name}' and {where} one name, '{label}', but their example sizes "
+                    f"are {leaf.shape[dim]} and {size}; give examples of one size, or two names"
+                )
+            labels[index][dim % leaf.dim()] = label
     return labels
 
 

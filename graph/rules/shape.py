@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from ..axes import Axis, Size, factors
+from ..axes import Axis, Size, factors, leaves
 from .base import Analysis, AxesRule, Dims, Resizer, Value, arg, out_sizes, resize_shape
 from .elementwise import COMPUTED
 
@@ -77,9 +77,15 @@ def _stretch(an: Analysis, x: Dims, sizes: Sequence[Size]) -> Dims:
             out.append(x[i - shift])
         else:
             axis = an.leaf(size, None if type(size) is int else COMPUTED)
-            an.role(axis, "head group")
+            _copies(an, axis, x)
             out.append(axis)
     return tuple(out)
+
+
+def _copies(an: Analysis, axis: Axis, x: Dims) -> None:
+    """Note that ``axis`` repeats ``x``: query heads, if ``x`` holds keys or values and is not a mask."""
+    if any(leaf.frozen is None for own in x for leaf in leaves(own)):
+        an.role(axis, "head group")
 
 
 def expand_as(an: Analysis, node: Node) -> Dims:
@@ -135,7 +141,7 @@ def repeat_interleave(an: Analysis, node: Node) -> Dims:
         return an.fresh(node.meta["val"], "repeated by data")
     d = dim % len(x)
     inner = an.leaf(times)
-    an.role(inner, "head group")
+    _copies(an, inner, x)
     return (*x[:d], an.product([x[d], inner]), *x[d + 1 :])
 
 
