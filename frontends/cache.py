@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -36,6 +36,13 @@ def default_cache_dir(environment: Mapping[str, str] | None = None) -> Path:
     # The specification asks to ignore relative paths.
     root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
     return root / "graphwright"
+
+
+class Captured(NamedTuple):
+    """A program, and whether its graph came from the cache."""
+
+    program: Program
+    from_cache: bool
 
 
 def capture_cached(
@@ -65,16 +72,27 @@ def capture_cached(
     Raises:
         CaptureError: See `capture`.
     """
+    return capture_or_load(model, args, kwargs, dynamic, cache_dir).program
+
+
+def capture_or_load(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    dynamic: DynamicDims | None,
+    cache_dir: str | os.PathLike[str],
+) -> Captured:
+    """Do what `capture_cached` does, and say whether the graph came from the cache."""
     kwargs = dict(kwargs or {})
     try:
         key = capture_key(model, args, kwargs, dynamic)
     except Unstable as err:
         logger.info("the capture of %s is not cached: %s", type(model).__name__, err)
-        return capture(model, args, kwargs, dynamic)
+        return Captured(capture(model, args, kwargs, dynamic), False)
     folder = Path(cache_dir) / key[:2] / key
     if folder.is_dir():
         try:
-            return _restore(folder, model, args, kwargs)
+            return Captured(_restore(folder, model, args, kwargs), True)
         except ArtifactError as err:
             logger.warning("the cached capture of %s is ignored and made again: %s", type(model).__name__, err)
     program = capture(model, args, kwargs, dynamic)
@@ -82,7 +100,7 @@ def capture_cached(
         _store(folder, model, program)
     except (ArtifactError, OSError) as err:
         logger.warning("the capture of %s could not be cached: %s", type(model).__name__, err)
-    return program
+    return Captured(program, False)
 
 
 def capture_key(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: DynamicDims | None) -> str:

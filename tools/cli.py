@@ -17,7 +17,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-BENCHMARKS = {"depgraph": ("graphwright.tools.bench.depgraph:main", "coupling groups compared with Torch-Pruning")}
+BENCHMARKS = {
+    "depgraph": ("graphwright.tools.bench.depgraph:main", "from a module to a pruned one, beside Torch-Pruning"),
+    "scale": (
+        "graphwright.tools.bench.scale:main",
+        "the analysis up to 50,000 nodes, and a Llama of 70 billion parameters",
+    ),
+}
 EVERYWHERE = ("--quiet", "-q", "--verbose", "-v")
 
 
@@ -74,6 +80,21 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: passes.remove-channels.ratio=0.5. Repeatable."),
 ]
+CacheOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache", envvar="GRAPHWRIGHT_NO_CACHE", help="Capture anew, and do not keep the graph for other runs."
+    ),
+]
+
+
+def _cache_dir(no_cache: bool) -> Path | None:
+    """Return where captured graphs are kept, None where they are not to be."""
+    if no_cache:
+        return None
+    from ..frontends.cache import default_cache_dir
+
+    return default_cache_dir()
 
 
 def _version(show: bool) -> None:
@@ -116,20 +137,23 @@ def run(
         list[str] | None,
         typer.Option("--pass", metavar="PASS", help="Apply this to a model: 'remove-channels{ratio=0.3}'. Repeatable."),
     ] = None,
+    no_cache: CacheOption = False,
 ) -> None:
     """Capture, apply passes, export, check and report; a run that stopped goes on where it was."""
     from . import verbs
 
     made = verbs.recipe_of(recipe, passes or (), settings or ())
     if dry_run:
-        verbs.dry_run(made, as_json, ctx.obj.quiet)
+        verbs.dry_run(made, as_json, ctx.obj.quiet, _cache_dir(no_cache))
         return
-    if not verbs.run(made, out or Path("runs") / (made.name or "run"), as_json, ctx.obj.quiet):
+    out = out or Path("runs") / (made.name or "run")
+    if not verbs.run(made, out, as_json, ctx.obj.quiet, _cache_dir(no_cache)):
         raise typer.Exit(1)
 
 
 @app.command()
 def groups(
+    ctx: typer.Context,
     model: ModelArgument,
     as_json: JsonOption = False,
     frozen: Annotated[bool, typer.Option("--frozen", help="List what cannot be removed as well, and why.")] = False,
@@ -137,11 +161,12 @@ def groups(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Build from the configuration of a directory without weights.")
     ] = False,
+    no_cache: CacheOption = False,
 ) -> None:
     """List which dimensions of a model must change together."""
     from . import verbs
 
-    verbs.groups(model, as_json, frozen, members, random_weights)
+    verbs.groups(model, as_json, frozen, members, random_weights, ctx.obj.quiet, _cache_dir(no_cache))
 
 
 @app.command()
@@ -159,17 +184,19 @@ def check(
 
 @app.command()
 def export(
+    ctx: typer.Context,
     source: Annotated[str, typer.Argument(metavar="DIR_OR_MODEL", help="The directory of a run, or a model.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")],
     kind: Annotated[str, typer.Option("--to", help="onnx or torchscript.")] = "onnx",
     opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Half precision (ONNX).")] = False,
     as_json: JsonOption = False,
+    no_cache: CacheOption = False,
 ) -> None:
     """Export the result of a run, or a model as it is."""
     from . import verbs
 
-    verbs.export(source, out, kind, opset, fp16, as_json)
+    verbs.export(source, out, kind, opset, fp16, as_json, ctx.obj.quiet, _cache_dir(no_cache))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .report_html import change, count
 
+FROM_CACHE = "the graph is from the cache; --no-cache captures anew"
 # Where nobody looks, as in a pipe, lines are as long as they need to be.
 UNBOUNDED = 10_000
 
@@ -40,6 +41,11 @@ def print_lines(*lines: str) -> None:
     out = console()
     for line in lines:
         out.print(line, markup=False)
+
+
+def print_note(message: str) -> None:
+    """Print a line beside the results, to standard error."""
+    console(stderr=True).print(message, markup=False)
 
 
 def print_error(message: str) -> None:
@@ -124,6 +130,8 @@ class Watch:
         self._stop()
         if not self._quiet:
             how = "done before" if stage.reused else f"{stage.seconds:.1f} s"
+            if not stage.reused and isinstance(stage.result, Mapping) and stage.result.get("from_cache"):
+                how += f" ({FROM_CACHE})"
             self._console.print(f"{self._what}: {how}", markup=False)
 
     def fail(self, name: str, error: Exception) -> None:

@@ -43,7 +43,11 @@ def report_data(outcome: Outcome) -> dict[str, Any]:
         "ok": outcome.ok,
         "failures": dict(outcome.failures),
         "recipe": {"name": outcome.recipe.name, **outcome.recipe.to_data()},
-        "model": {key: first[key] for key in ("name", "inputs", "notes", "unknown")},
+        "model": {
+            **{key: first[key] for key in ("name", "inputs", "notes", "unknown")},
+            # A run that an earlier release began does not say.
+            "from_cache": first.get("from_cache", False),
+        },
         "versions": first["versions"],
         "cost": {"before": first["cost"], "after": after},
         "groups": group_widths(first["groups"], [stage.result for stage in passes]),

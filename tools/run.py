@@ -98,11 +98,19 @@ def pass_stage(index: int, step: Pass) -> str:
 
 @dataclass
 class Runner:
-    """Runs one recipe in one directory. `__call__` may be called once."""
+    """Runs one recipe in one directory. `__call__` may be called once.
+
+    Attributes:
+        recipe: What to run.
+        out: The directory.
+        ui: Who is told how it goes.
+        cache_dir: Where captured graphs are kept for other runs; None captures anew.
+    """
 
     recipe: Recipe
     out: Path
     ui: Ui = field(default_factory=Silent)
+    cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
         self._stages: list[Finished] = []
@@ -170,11 +178,12 @@ class Runner:
 
     def _captured(self) -> Finished:
         def work(folder: Path) -> Any:
-            program = self._source.capture()
+            program, from_cache = self._source.capture(self.cache_dir)
             graph = depgraph(program)
             self._keep(CAPTURE, program, folder)
             return {
                 "program": CAPTURE,
+                "from_cache": from_cache,
                 "name": program.name,
                 "notes": list(program.notes),
                 "inputs": input_facts(program),

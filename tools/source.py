@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import nn
 
+from ..frontends.cache import Captured, capture_or_load
 from ..frontends.capture import capture
 from ..frontends.load_model import load_model
-from ..graph.program import Program
 from ..passes.options import plain
 from .facts import code_hash, inputs_hash, versions, weights_hash
 from .recipe_schema import InputTensor, Recipe
@@ -28,10 +29,17 @@ class Source:
     dynamic: Mapping[str, Mapping[int, str]] | None
     notes: tuple[str, ...] = ()
 
-    def capture(self) -> Program:
-        """Capture the model; the program's notes are those of loading and of capturing."""
-        program = capture(self.model, self.args, self.kwargs, self.dynamic)
-        return replace(program, notes=(*self.notes, *program.notes))
+    def capture(self, cache_dir: Path | None = None) -> Captured:
+        """Capture the model; the program's notes are those of loading and of capturing.
+
+        Args:
+            cache_dir: Where captured graphs are kept; None captures anew and keeps nothing.
+        """
+        if cache_dir is None:
+            found = Captured(capture(self.model, self.args, self.kwargs, self.dynamic), False)
+        else:
+            found = capture_or_load(self.model, self.args, self.kwargs, self.dynamic, cache_dir)
+        return found._replace(program=replace(found.program, notes=(*self.notes, *found.program.notes)))
 
     def key(self) -> dict[str, Any]:
         """Return plain data that is the same only for the same model, inputs and library versions."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 
+from ..frontends.cache import Captured
 from ..graph.cost import cost
 from ..graph.depgraph import depgraph
 from ..graph.errors import GraphwrightError
-from ..graph.program import Program
 from ..graph.serialize import load_program
 from ..passes import registry
 from ..passes.base import Pipeline
@@ -42,11 +42,11 @@ def recipe_of(name: str, passes: Sequence[str], settings: Sequence[str]) -> Reci
     return from_data(data, label, settings)
 
 
-def run(recipe: Recipe, out: Path, as_json: bool, quiet: bool) -> bool:
+def run(recipe: Recipe, out: Path, as_json: bool, quiet: bool, cache_dir: Path | None) -> bool:
     """Run a recipe and print its figures; return whether every stage was done."""
     watch = render.Watch(quiet)
     try:
-        outcome = Runner(recipe, out, watch)()
+        outcome = Runner(recipe, out, watch, cache_dir)()
     finally:
         watch.close()
     data = write_report(outcome)
@@ -58,20 +58,22 @@ def run(recipe: Recipe, out: Path, as_json: bool, quiet: bool) -> bool:
     return outcome.ok
 
 
-def dry_run(recipe: Recipe, as_json: bool, quiet: bool) -> None:
+def dry_run(recipe: Recipe, as_json: bool, quiet: bool, cache_dir: Path | None) -> None:
     """Print what the passes would do to every group, parameters and multiply-accumulates; write nothing."""
     watch = render.Watch(quiet)
     try:
         watch.begin("load", f"load and capture {recipe.model}")
         with seeded(recipe.seed):
-            program = load_source(recipe).capture()
+            program, from_cache = load_source(recipe).capture(cache_dir)
             found = group_facts(depgraph(program))
+            _note(from_cache, quiet)
             watch.begin("passes", "plan the passes")
             result = Pipeline(recipe.passes)(program, context_of(recipe.calibration, watch.progress))
     finally:
         watch.close()
     widths = [{"widths": [vars(w) for w in getattr(r.result, "widths", ())]} for r in result.records]
     data = {
+        "from_cache": from_cache,
         "cost": {"before": cost_facts(program), "after": cost_facts(result.output)},
         "groups": group_widths(found, widths),
         "skipped": [{"site": s.site, "reason": s.reason} for s in result.skipped],
@@ -85,7 +87,7 @@ def dry_run(recipe: Recipe, as_json: bool, quiet: bool) -> None:
     render.print_summary(data)
 
 
-def program_of(source: str, random_weights: bool = False) -> Program:
+def program_of(source: str, cache_dir: Path | None, random_weights: bool = False) -> Captured:
     """Return the program in a run's or a saved program's directory, or capture the model that ``source`` names."""
     path = Path(source)
     if (path / MARK).is_file():
@@ -93,20 +95,35 @@ def program_of(source: str, random_weights: bool = False) -> Program:
         held = [s.result["program"] for s in stages if isinstance(s.result, dict) and "program" in s.result]
         if not held:
             raise GraphwrightError(f"the run in {path} has not captured its model yet; run it again")
-        return load_program(path / held[-1] / PROGRAM)
+        return Captured(load_program(path / held[-1] / PROGRAM), False)
     if (path / "program.json").is_file():
-        return load_program(path)
-    return load_source(Recipe(model=source, random_weights=random_weights)).capture()
+        return Captured(load_program(path), False)
+    return load_source(Recipe(model=source, random_weights=random_weights)).capture(cache_dir)
 
 
-def groups(model: str, as_json: bool, frozen: bool, members: bool, random_weights: bool) -> None:
+def _note(from_cache: bool, quiet: bool) -> None:
+    if from_cache and not quiet:
+        render.print_note(render.FROM_CACHE)
+
+
+def groups(
+    model: str,
+    as_json: bool,
+    frozen: bool,
+    members: bool,
+    random_weights: bool,
+    quiet: bool,
+    cache_dir: Path | None,
+) -> None:
     """Print the coupling groups of a model."""
-    program = program_of(model, random_weights)
+    program, from_cache = program_of(model, cache_dir, random_weights)
+    _note(from_cache, quiet)
     graph = depgraph(program)
     data: dict[str, Any] = {
         "model": program.name,
         "inputs": input_facts(program),
         "notes": list(program.notes),
+        "from_cache": from_cache,
         "cost": cost_facts(program),
         "groups": group_facts(graph),
         "unknown": list(graph.unknown),
@@ -125,19 +142,29 @@ def groups(model: str, as_json: bool, frozen: bool, members: bool, random_weight
     render.print_lines(f"{program.name}: {total.parameters:,} parameters, {total.total_macs:,} multiply-accumulates")
 
 
-def export(source: str, out: Path, kind: str, opset: int | None, fp16: bool, as_json: bool) -> None:
+def export(
+    source: str,
+    out: Path,
+    kind: str,
+    opset: int | None,
+    fp16: bool,
+    as_json: bool,
+    quiet: bool,
+    cache_dir: Path | None,
+) -> None:
     """Export the program that ``source`` names."""
     if kind not in ("onnx", "torchscript"):
         raise typer.BadParameter(f"--to must be onnx or torchscript, got {kind!r}")
     if kind == "torchscript" and (opset is not None or fp16):
         raise typer.BadParameter("--opset and --fp16 are for ONNX")
-    program = program_of(source)
+    program, from_cache = program_of(source, cache_dir)
+    _note(from_cache, quiet)
     if kind == "onnx":
         manifest = artifacts.export_onnx(program, out, OnnxExport(opset=opset, fp16=fp16), Check())
     else:
         manifest = artifacts.export_torchscript(program, out, Check())
     if as_json:
-        print_json(manifest)
+        print_json({**manifest, "from_cache": from_cache})
         return
     worst = max(check["max_difference"] for check in manifest["checks"])
     render.print_lines(f"{out}: {', '.join(manifest['files'])}; differs from the program by {worst:.2g} at most")

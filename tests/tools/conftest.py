@@ -50,6 +50,16 @@ def not_a_calibration():
 Write = Callable[..., str]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep what the command line caches away from the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.delenv("GRAPHWRIGHT_NO_CACHE", raising=False)
+        yield folder / "graphwright"
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Write]:
     """Write the model's module, with another seed or other code if asked, and return its factory's name."""

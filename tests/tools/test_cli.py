@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from graphwright.graph.serialize import load_program
 from graphwright.tools import artifacts, cli
 from graphwright.tools.errors import explain
 
@@ -131,6 +133,77 @@ def test_a_failed_export_exits_with_1_after_the_report(
     assert result.exit_code == 1
     assert "error: torchscript: it computes something else" in result.stderr
     assert json.loads(result.stdout)["failures"] == {"torchscript": "it computes something else"}
+
+
+# ---------------------------------------------------------------------- the cache of captured graphs
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Count what torch.export captures, with a cache of the test's own."""
+    import torch
+
+    done: list[str] = []
+    export = torch.export.export
+
+    def counted(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        done.append(type(model).__name__)
+        return export(model, *args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return done
+
+
+def test_groups_come_from_the_cache_the_second_time(tiny: Write, exports: list[str], tmp_path: Path) -> None:
+    first, second = (invoke("groups", tiny(), "--json", "--frozen") for _ in range(2))
+    assert exports == ["Tiny"] and list((tmp_path / "cache" / "graphwright").glob("*/*/program.json"))
+    data = [json.loads(r.stdout) for r in (first, second)]
+    assert [d.pop("from_cache") for d in data] == [False, True]
+    assert data[0] == data[1] and len(data[0]["groups"]) == 2
+    assert "from the cache" in second.stderr and first.stderr == ""
+    assert invoke("--quiet", "groups", tiny()).stderr == ""
+
+
+def test_a_run_from_the_cache_gives_the_same_result(recipe: str, exports: list[str], tmp_path: Path) -> None:
+    runs = [invoke("run", recipe, "--out", str(tmp_path / name), "--json") for name in ("a", "b")]
+    assert exports == ["Tiny"], [r.output for r in runs]
+    data = [json.loads(r.stdout) for r in runs]
+    assert [d["model"].pop("from_cache") for d in data] == [False, True]
+    assert [d["ok"] for d in data] == [True, True]
+    assert "from the cache" in runs[1].stderr and "from the cache" not in runs[0].stderr
+    for key in ("model", "cost", "groups", "frozen"):
+        assert data[0][key] == data[1][key] != {}
+    states = [load_program(tmp_path / name / "pass-1-remove-channels" / "program").tensors() for name in ("a", "b")]
+    assert states[0].keys() == states[1].keys() and states[0]["first.weight"].shape[0] == 6
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+
+
+def test_export_and_dry_run_use_the_cache(recipe: str, tiny: Write, exports: list[str], tmp_path: Path) -> None:
+    words = ["export", tiny(), "--to", "torchscript", "--json", "--out"]
+    made = [json.loads(invoke(*words, str(tmp_path / name)).stdout) for name in ("a", "b")]
+    assert exports == ["Tiny"] and [m["from_cache"] for m in made] == [False, True]
+    assert json.loads(invoke("run", recipe, "--dry-run", "--json").stdout)["from_cache"]
+    assert exports == ["Tiny"]
+
+
+@pytest.mark.parametrize(("option", "env"), [("--no-cache", {}), ("--json", {"GRAPHWRIGHT_NO_CACHE": "1"})])
+def test_no_cache_captures_anew_and_keeps_nothing(
+    option: str, env: dict[str, str], tiny: Write, exports: list[str], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        assert invoke("groups", tiny(), option, env=env).exit_code == 0
+    assert exports == ["Tiny", "Tiny"] and not (tmp_path / "cache").exists()
+
+
+def test_other_code_is_not_taken_from_the_cache(tiny: Write, exports: list[str]) -> None:
+    try:
+        invoke("groups", tiny(), "--json")
+        changed = tiny(old=".mean((2, 3))", new=".amax((2, 3))")
+        assert not json.loads(invoke("groups", changed, "--json").stdout)["from_cache"]
+        assert len(exports) == 2
+    finally:
+        tiny()
 
 
 # ---------------------------------------------------------------------- errors

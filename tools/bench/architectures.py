@@ -68,7 +68,7 @@ def bert() -> Subject:
 
 def ddpm() -> Subject:
     """UNet2DModel in the layout of DDPM for CIFAR-10."""
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     model = UNet2DModel(
         sample_size=32,
@@ -85,7 +85,7 @@ def ddpm() -> Subject:
 
 def sd15() -> Subject:
     """The UNet of Stable Diffusion 1.5, 16x16 latents."""
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     inputs = {
