@@ -3,7 +3,8 @@
     python -m graphwright.tools.sweep [NAME ...] [--family F] [--json FILE]
 
 Per model: groups, how many removals were exact or renormalised as labelled, axes frozen by reason, how many had no effect
-(inert), were wrong or raised, and CPU seconds.
+(inert), were wrong or raised, and CPU seconds; and where the groups are not those of the inventory that was written from
+the model's configuration.
 """
 
 from __future__ import annotations
@@ -31,13 +32,10 @@ from ..graph.program import Program
 from ..graph.resize import RemovalRecord, reconcile, resize
 from .zoo import ZOO
 from .zoo.entry import Case, Entry
+from .zoo.inventory import INVENTORY, unexplained
 
 # Relative to the largest output. Models run in float64; the looser bound is for those that cast to float32 inside.
 TOLERANCE, TOLERANCE_FLOAT32 = 1e-6, 2e-4
-
-
-# Mixtures of experts, whose grouped product has no float64 kernel, and models that make float32 tensors themselves.
-SINGLE = ("mixtral", "qwen2_moe", "deepseek_v3", "gat")
 
 
 @dataclass
@@ -54,6 +52,7 @@ class Row:
     raised: list[str] = field(default_factory=list)
     frozen: dict[str, int] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    inventory: list[str] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
     worst: float = 0.0
     seconds: float = 0.0
@@ -69,7 +68,7 @@ def sweep_entry(entry: Entry, seed: int = 0) -> Row:
         return row
     start = time.process_time()
     try:
-        case = entry.build() if entry.name in SINGLE else in_float64(entry.build())
+        case = in_float64(entry.build()) if entry.float64 else entry.build()
         program = capture(case.model, case.args, case.kwargs, case.dynamic)
         graph = depgraph(program)
         groups = graph.groups
@@ -80,6 +79,7 @@ def sweep_entry(entry: Entry, seed: int = 0) -> Row:
     row.groups = len(groups)
     row.frozen = dict(Counter(f.reason for f in graph.frozen))
     row.unknown = list(graph.unknown)
+    row.inventory = unexplained(entry.name, graph)
     row.kinds = dict(Counter(f"{g.kind} {g.size}" for g in groups))
     generator = torch.Generator().manual_seed(seed)
     whole = outputs_of(program, case)
@@ -212,19 +212,20 @@ def table(rows: list[Row]) -> str:
         counts = (r.groups, r.exact, r.renormalised, r.inert, len(r.wrong), len(r.raised))
         lines.append(f"{r.name:40} " + " ".join(f"{c:6}" for c in counts) + f" {r.seconds:6.1f}  {top}")
         lines += [f"    WRONG {w}" for w in r.wrong] + [f"    RAISED {w}" for w in r.raised]
-        lines += [f"    no rule: {u}" for u in r.unknown]
+        lines += [f"    no rule: {u}" for u in r.unknown] + [f"    INVENTORY {i}" for i in r.inventory]
     done = [r for r in rows if not r.skipped]
     lines.append(
         f"{len(done)} models, {len(rows) - len(done)} skipped: {sum(r.groups for r in done)} groups, "
         f"{sum(r.exact for r in done)} exact, {sum(r.renormalised for r in done)} renormalised, "
         f"{sum(len(r.wrong) for r in done)} wrong, {sum(len(r.raised) for r in done)} raised, "
+        f"{sum(r.name in INVENTORY for r in done)} inventories with {sum(len(r.inventory) for r in done)} unexplained, "
         f"{sum(r.seconds for r in done):.0f} CPU seconds"
     )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the sweep; exit status 1 if anything was wrong or raised."""
+    """Run the sweep; exit status 1 if anything was wrong or raised, or differs from its inventory without a reason."""
     parser = argparse.ArgumentParser(prog="graphwright.tools.sweep", description=__doc__)
     parser.add_argument("names", nargs="*", help="entries, or prefixes of entries; all without")
     parser.add_argument("--family", action="append", help="only entries of this family")
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump([asdict(r) for r in rows], file, indent=1)
-    return 1 if any(r.wrong or r.raised for r in rows) else 0
+    return 1 if any(r.wrong or r.raised or r.inventory for r in rows) else 0
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from graphwright.frontends.capture import capture
+from graphwright.graph.depgraph import depgraph
 from graphwright.graph.resize import RemovalRecord, TensorCut
 from graphwright.tools import sweep
 from graphwright.tools.zoo import ZOO
 from graphwright.tools.zoo.entry import Case, Entry
+from graphwright.tools.zoo.inventory import unexplained
 
 ODD = [name for name, entry in ZOO.items() if entry.family == "odd" and not entry.requires]
 REAL = [
@@ -35,7 +38,6 @@ REFUSED = {
     "wrong/softmax_channels": "softmax over it",
     "wrong/softmax_features": "softmax over it",
     "wrong/spatial_attention": "an extremum, order or product is taken over it",
-    "raises/strided_slices_both": "a strided slice that does not divide it",
 }
 
 
@@ -46,6 +48,7 @@ def test_removing_a_random_half_of_every_group_equals_the_mask_oracle(name: str)
     assert not row.skipped
     assert row.wrong == []
     assert row.raised == []
+    assert row.inventory == []
     if name in REFUSED:
         assert row.groups == 0 and REFUSED[name] in row.frozen
     elif name != "lstm_bare":
@@ -88,3 +91,13 @@ def test_a_model_that_cannot_be_captured_is_reported_as_raised() -> None:
 def test_a_missing_package_skips_with_its_name() -> None:
     entry = dataclasses.replace(ZOO["works/residual_add"], requires=("no_such_package",))
     assert "no_such_package" in sweep.sweep_entry(entry).skipped
+
+
+def test_an_axis_that_the_inventory_has_and_the_analysis_does_not_offer_is_reported() -> None:
+    case = ZOO["works/residual_add"].build()
+    graph = depgraph(capture(case.model, case.args, case.kwargs, case.dynamic))
+    assert unexplained("works/residual_add", graph) == []
+
+    lost, *kept = graph.groups
+    graph.__dict__["groups"] = tuple(kept)
+    assert unexplained("works/residual_add", graph) == [f"1 missing of {lost.kind} {lost.size}, explained are 0"]

@@ -49,6 +49,8 @@ class Entry:
         build: makes the case; every call gives equal weights and equal inputs.
         requires: importable modules without which the entry is skipped.
         note: what is special about the entry, in one line.
+        float64: whether the model runs in double precision: not if an operator has no such kernel, or if the model
+            makes single-precision tensors itself.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Entry:
     build: Callable[[], Case]
     requires: tuple[str, ...] = ()
     note: str = ""
+    float64: bool = True
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

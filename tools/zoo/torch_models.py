@@ -277,7 +277,7 @@ ENTRIES: list[Entry] = [
     Entry("transformer_encoder_pre", "torch", _sequence(lambda: Encoder(True, "relu"))),
     Entry("transformer_full", "torch", _seq2seq),
     Entry("dgcnn", "torch", lambda: case(DGCNN(), lambda b: image(b, 3, 12))),
-    Entry("gat", "torch", _gat),
+    Entry("gat", "torch", _gat, float64=False),
     Entry("gcn", "torch", _gcn),
     Entry("pointnet", "torch", lambda: case(PointNet(), lambda b: image(b, 3, 12))),
 ]

@@ -302,7 +302,7 @@ def clip() -> Case:
 
 
 ENTRIES: list[Entry] = [
-    Entry(name, "transformers", build, NEEDS, note)
+    Entry(name, "transformers", build, NEEDS, note, float64=name != "mixtral")
     for name, build, note in (
         ("llama_mha", llama(6), "rotary, key/value heads as many as query heads"),
         ("llama_gqa", llama(2), "2 key/value heads, 3 query heads each"),
