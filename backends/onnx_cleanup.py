@@ -7,7 +7,7 @@ re-export that follows traces through it. What each rule repairs was seen with t
 - ``squeeze`` of a dimension that is not 1: ONNX Runtime refuses the file, ONNX's ``Squeeze`` has no such no-op.
 - ``scaled_dot_product_attention`` on other than 4 dimensions: the exporter has no translation. With a boolean mask,
   rows that attend to nothing give 0 in PyTorch and an average in ONNX. A mask that is broadcast along the queries:
-  the ``Attention`` kernel refuses it.
+  the ``Attention`` kernel refuses it. One key for all heads, without ``enable_gqa``: the exporter fails.
 - ``chunk`` and ``split`` along a dynamic dimension: the exporter's optimiser fails.
 - ``sort(stable=True)``, ``isin``, ``cdist``, ``remainder`` and ``pow`` by a dynamic size: no translation. (ONNX's
   ``TopK`` keeps the order of equal values, so its sort is stable.)
@@ -21,7 +21,7 @@ not always the same when a graph is traced again, and a view that was possible t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -98,6 +98,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """``scaled_dot_product_attention`` on 4 dimensions, with a mask that has one row a query; contiguous."""
+    if not enable_gqa:
+        query, key, value = _broadcast(query, key, value)
     lead = query.shape[:-2]
     if query.dim() != 4:
         query, key, value = (_four_dimensional(t, lead) for t in (query, key, value))
@@ -114,6 +116,19 @@ def attention(
         out = torch.where(mask.any(-1, keepdim=True), out, torch.zeros((), dtype=out.dtype, device=out.device))
     out = out.clone(memory_format=torch.contiguous_format)
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+def _broadcast(*tensors: Tensor) -> list[Tensor]:
+    """Expand leading dimensions of size 1 to those of the others."""
+    if len({tensor.dim() for tensor in tensors}) > 1:
+        return list(tensors)
+    sizes = zip(*(tensor.shape[:-2] for tensor in tensors), strict=True)
+    lead = [next((size for size in dim if not _is_one(size)), 1) for dim in sizes]
+    return [tensor.expand(*lead, *tensor.shape[-2:]) if _is_broadcast(tensor, lead) else tensor for tensor in tensors]
+
+
+def _is_broadcast(tensor: Tensor, lead: Sequence[int | torch.SymInt]) -> bool:
+    return any(_is_one(size) and not _is_one(want) for size, want in zip(tensor.shape, lead, strict=False))
 
 
 def _four_dimensional(tensor: Tensor, lead: torch.Size) -> Tensor:
@@ -187,7 +202,12 @@ def _squeezes_nothing(call: Mapping[str, Any]) -> bool:
 def _unusual_attention(call: Mapping[str, Any]) -> bool:
     mask = call["attn_mask"]
     rows_differ = mask is not None and _is_one(mask.shape[-2]) and not _is_one(call["query"].shape[-2])
-    return call["query"].dim() != 4 or rows_differ or (mask is not None and mask.dtype is torch.bool)
+    if call["query"].dim() != 4 or rows_differ or (mask is not None and mask.dtype is torch.bool):
+        return True
+    lead, others = call["query"].shape[:-2], (call["key"], call["value"])
+    return not call["enable_gqa"] and any(
+        _is_broadcast(x, lead) or _is_broadcast(call["query"], x.shape[:-2]) for x in others
+    )
 
 
 def _splits_dynamically(call: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from ..graph.errors import ExportError, where
 from ..graph.program import InputSpec
 from .artifacts import summary
 from .flat import FlatProgram
+from .onnx_grouped import translations
 
 OLDEST_OPSET = 18
 OPSET, OPSET_WITH_GROUP_NORM = 23, 20
@@ -61,7 +62,13 @@ def convert(flat: FlatProgram, example: Sequence[torch.Tensor], opset: int) -> C
     try:
         with _quiet():
             onnx_program = torch.onnx.export(
-                exported, dynamo=True, optimize=True, opset_version=opset, external_data=True, verbose=False
+                exported,
+                dynamo=True,
+                optimize=True,
+                opset_version=opset,
+                external_data=True,
+                verbose=False,
+                custom_translation_table=translations(exported.graph_module),
             )
     # The exporter raises whatever a translation raises; the message below keeps each step of the chain.
     except Exception as err:

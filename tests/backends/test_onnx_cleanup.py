@@ -51,6 +51,9 @@ ATTENTION = [
     ((normal(2, 3, 4, 8),) * 3, {"attn_mask": torch.tensor([[True, False, True, True]] * 2)[:, None, None]}),
     ((normal(2, 3, 4, 8),) * 3, {"attn_mask": normal(1, 3, 1, 4)}),
     ((normal(2, 4, 4, 8), normal(2, 2, 4, 8), normal(2, 2, 4, 8)), {"enable_gqa": True, "attn_mask": CAUSAL}),
+    ((normal(2, 3, 4, 8), normal(2, 1, 5, 8), normal(2, 1, 5, 8)), {}),
+    ((normal(2, 1, 4, 8), normal(2, 3, 5, 8), normal(1, 3, 5, 6)), {}),
+    ((normal(2, 2, 3, 4, 8), normal(2, 1, 3, 4, 8), normal(2, 2, 1, 4, 8)), {}),
 ]
 
 
@@ -103,6 +106,7 @@ class Net(nn.Module):
             x.abs() ** batch,
             F.scaled_dot_product_attention(x, x, x, attn_mask=mask),
             F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]).view(batch, -1),
+            F.scaled_dot_product_attention(x[:, None].expand(-1, 5, -1, -1), x[:, None], x[:, None]),
         ]
 
 
@@ -116,7 +120,7 @@ COUNTS = {
     "aten.cdist.default": 1,
     "aten.remainder.Scalar": 1,
     "aten.pow.Tensor_Scalar": 1,
-    "aten.scaled_dot_product_attention.default": 1,
+    "aten.scaled_dot_product_attention.default": 2,
 }
 
 
