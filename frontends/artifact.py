@@ -16,20 +16,18 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..graph.errors import ArtifactError
-from .artifact_build import FACTORY_NAME, build, class_name, is_installed_class
+from ..graph.files import sha256, staged_directory
+from ..graph.treespec import class_path
+from ..graph.versions import versions_of
+from .artifact_build import build, is_plain_factory
 from .artifact_record import (
     CONFIG_FILE,
     FORMAT,
@@ -38,11 +36,10 @@ from .artifact_record import (
     check_files,
     read_record,
     record_of,
-    sha256,
 )
 from .artifact_state import check_no_meta, collect, read_tensors, take, write_tensors
-from .forward_trace import first_line
-from .self_check import fingerprint, quiet, realise, same_fingerprint, tensors_of
+from .libraries import MODEL_CLASSES, is_library_model
+from .self_check import record_self_check, run_self_check
 from .write_back import RECORD, WriteBackRecord, config_text
 
 GENERATION_FILE = "generation_config.json"
@@ -84,16 +81,10 @@ def save(
         )
     _check_target(target)
     base = _base(model, record, factory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        _write(model, record, base, temporary, list(passes), max_shard_size)
+    with staged_directory(target) as folder:
+        _write(model, record, base, folder, list(passes), max_shard_size)
         if check:
-            _check_saved(model, temporary)
-        temporary.chmod(0o755)
-        _move(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            _check_saved(model, folder)
     return target
 
 
@@ -127,7 +118,7 @@ def load(
     _set_generation(model, folder)
     model.eval()
     if self_check:
-        _self_check(model, data["self_check"], folder)
+        run_self_check(model, data["self_check"], str(folder))
     return model
 
 
@@ -153,17 +144,17 @@ def _is_ours(folder: Path) -> bool:
 
 def _base(model: nn.Module, record: WriteBackRecord, factory: str | None) -> dict[str, Any]:
     if factory is not None:
-        if not FACTORY_NAME.fullmatch(factory):
+        if not is_plain_factory(factory):
             raise ArtifactError(f"factory must be 'package.module:callable', got {factory!r}")
         return {"kind": "factory", "factory": factory}
-    if record.config is None or not is_installed_class(type(model)):
+    if record.config is None or not is_library_model(type(model)):
         raise ArtifactError(
             f"{type(model).__module__}.{type(model).__name__} is no class of transformers or diffusers; "
             "pass factory='package.module:callable' that makes the unpruned module"
         )
     base = {
         "kind": type(model).__module__.split(".")[0],
-        "class": class_name(type(model)),
+        "class": class_path(type(model)),
         "config_sha256": hashlib.sha256(_config(model, record).encode()).hexdigest(),
     }
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -197,7 +188,7 @@ def _write(
     data = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "versions": _versions(base["kind"]),
+        "versions": versions_of(["graphwright", "torch", "safetensors", *({base["kind"]} & MODEL_CLASSES.keys())]),
         "base": base,
         "passes": passes or list(record.passes),
         "groups": removal["groups"],
@@ -209,7 +200,7 @@ def _write(
         "inputs_note": record.inputs_note,
         "aliases": state.aliases,
         "frozen_parameters": state.frozen,
-        "self_check": _fixture(model, record),
+        "self_check": record_self_check(model, record.inputs, record.inputs_note),
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
     }
     try:
@@ -221,39 +212,24 @@ def _write(
     (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _versions(kind: str) -> dict[str, str]:
-    names = ["graphwright", "torch", "safetensors", *([kind] if kind in ("transformers", "diffusers") else [])]
-    found = {}
-    for name in names:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _fixture(model: nn.Module, record: WriteBackRecord) -> dict[str, Any]:
-    if record.inputs is None:
-        return {"skipped": f"the inputs cannot be described: {record.inputs_note}"}
-    outputs = _run(model, record.inputs)
-    if not outputs:
-        return {"skipped": "the module returns no tensors"}
-    return {"inputs": record.inputs, "outputs": [fingerprint(t) for t in outputs]}
-
-
-def _run(model: nn.Module, described: Any) -> list[Tensor]:
-    inputs = realise(described)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (inputs["args"], inputs["kwargs"]))
-    with quiet(model):
-        return tensors_of(model(*args, **kwargs))
-
-
 def _check_saved(model: nn.Module, folder: Path) -> None:
     """Refuse to hand over an artifact that does not give the module back."""
-    loaded = load(folder, allow_factory=True)
-    want, got = model.state_dict(), loaded.state_dict()
-    for name, tensor in want.items():
-        if name not in got or not _identical(tensor, got[name]):
-            raise ArtifactError(f"'{name}' of {type(model).__name__} did not survive saving; nothing was written")
+    described = vars(model)[RECORD].inputs is not None
+    got = load(folder, allow_factory=True, self_check=described).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in got and _identical(tensor, got[name]):
+            continue
+        found = "is missing" if name not in got else f"is {_words(got[name])}"
+        raise ArtifactError(
+            f"'{name}' of {type(model).__name__} {found} after saving and loading, expected {_words(tensor)}; nothing was "
+            "written: let no hook or property change tensors when a state dict is loaded, or save with check=False"
+        )
+
+
+def _words(tensor: Tensor) -> str:
+    return (
+        f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} of norm {float(tensor.double().norm()):.6g}"
+    )
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
@@ -261,22 +237,6 @@ def _identical(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _move(temporary: Path, target: Path) -> None:
-    """Give the finished directory its name; an earlier artifact of that name is gone only after that."""
-    if not target.exists():
-        os.rename(temporary, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.rename(target, old / "was")
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        os.rename(old / "was", target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------- reading
@@ -290,24 +250,3 @@ def _set_generation(model: nn.Module, folder: Path) -> None:
 
     config = GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     setattr(model, "generation_config", config)  # noqa: B010 (a plain attribute of a library's class)
-
-
-def _self_check(model: nn.Module, check: Mapping[str, Any], folder: Path) -> None:
-    if "skipped" in check:
-        return
-    try:
-        got = [fingerprint(t) for t in _run(model, check["inputs"])]
-        wanted = check["outputs"]
-        same = len(got) == len(wanted) and all(same_fingerprint(a, b) for a, b in zip(got, wanted, strict=True))
-    except (KeyError, TypeError, ValueError) as err:
-        raise ArtifactError(f"the self-check of {folder} is damaged: {type(err).__name__}: {err}") from err
-    except (RuntimeError, IndexError, AssertionError, AttributeError) as err:
-        raise ArtifactError(
-            f"{type(model).__name__} from {folder} does not run on the recorded inputs: {first_line(err)}; the "
-            "installed versions of its library and of torch may differ from those in the record, under 'versions'"
-        ) from err
-    if not same:
-        raise ArtifactError(
-            f"{type(model).__name__} from {folder} does not compute what it computed when it was saved; the installed "
-            "versions of its library and of torch may differ from those in the record, under 'versions'"
-        )

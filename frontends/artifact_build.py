@@ -12,11 +12,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..graph.errors import ArtifactError
-from .forward_trace import first_line
-
-LIBRARIES: Mapping[str, str] = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin"}
-FACTORY_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+from ..graph.errors import ArtifactError, first_line
+from .factory import find_factory, is_factory_name, working_directory_importable
+from .libraries import MODEL_CLASSES, is_library_model
 
 # Implementations of attention that come with the libraries; any other name may fetch code.
 ATTENTION = ("eager", "sdpa")
@@ -36,17 +34,6 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def class_name(kind: type) -> str:
-    """Return ``module:class``."""
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def is_installed_class(kind: type) -> bool:
-    """Whether ``kind`` is a model class of transformers or diffusers itself."""
-    library = kind.__module__.split(".")[0]
-    return library in LIBRARIES and any(c.__name__ == LIBRARIES[library] for c in kind.__mro__)
-
-
 def build(base: Mapping[str, Any], config: str | None, allowed: bool | tuple[str, ...]) -> nn.Module:
     """Return the module that the ``base`` entry of a record describes, with arbitrary weights.
 
@@ -62,9 +49,9 @@ def build(base: Mapping[str, Any], config: str | None, allowed: bool | tuple[str
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         if kind == "factory":
             return _call_factory(base.get("factory"), allowed)
-        if not isinstance(kind, str) or kind not in LIBRARIES:
+        if not isinstance(kind, str) or kind not in MODEL_CLASSES:
             raise ArtifactError(
-                f"the artifact's class comes from {kind!r}; known are {', '.join(LIBRARIES)} and factories"
+                f"the artifact's class comes from {kind!r}; known are {', '.join(MODEL_CLASSES)} and factories"
             )
         cls = _library_class(kind, base.get("class"))
         values = _config_values(config)
@@ -84,7 +71,7 @@ def _library_class(library: str, name: Any) -> Any:
         cls = getattr(importlib.import_module(module_name), attribute, None)
     except ImportError as err:
         raise ArtifactError(f"{unknown}: {err}") from err
-    if not isinstance(cls, type) or not issubclass(cls, nn.Module) or not is_installed_class(cls):
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module) or not is_library_model(cls):
         raise unknown
     return cls
 
@@ -113,10 +100,18 @@ def _transformers(cls: Any, values: dict[str, Any], base: Mapping[str, Any]) -> 
     return cls(config)
 
 
+def is_plain_factory(name: Any) -> bool:
+    """Whether ``name`` is ``package.module:callable`` with the callable at the top of its module.
+
+    A dot behind the colon could lead out of a package that the caller trusts, through a module that it imports.
+    """
+    return isinstance(name, str) and is_factory_name(name) and "." not in name.partition(":")[2]
+
+
 def _call_factory(name: Any, allowed: bool | tuple[str, ...]) -> nn.Module:
-    if not isinstance(name, str) or not FACTORY_NAME.fullmatch(name):
+    if not is_plain_factory(name):
         raise ArtifactError(f"the artifact's factory {name!r} is not of the form 'package.module:callable'")
-    module_name, _, attribute = name.partition(":")
+    module_name = name.partition(":")[0]
     trusted = (
         allowed
         if isinstance(allowed, bool)
@@ -127,11 +122,8 @@ def _call_factory(name: Any, allowed: bool | tuple[str, ...]) -> nn.Module:
             f"the artifact is built by the factory '{name}', which is code; if you trust it, "
             f"pass allow_factory='{module_name.split('.')[0]}'"
         )
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as err:
-        raise ArtifactError(f"the factory '{name}' cannot be imported: {err}") from err
-    made = factory()
+    with working_directory_importable():
+        made = find_factory(name, ArtifactError)()
     module = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(module, nn.Module):
         raise ArtifactError(f"the factory '{name}' returned a {type(made).__name__}, expected a module")

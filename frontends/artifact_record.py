@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..graph.errors import ArtifactError
+from ..graph.files import sha256
 from ..graph.resize import RemovalRecord
 from .artifact_state import files_of
 from .write_back import WriteBackRecord
@@ -17,12 +18,6 @@ RECORD_FILE = "graphwright.json"
 CONFIG_FILE = "config.json"
 FORMAT = "graphwright module"
 FORMAT_VERSION = 1
-
-
-def sha256(path: Path) -> str:
-    """Return the hash of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.errors import ArtifactError
-from .attributes import get_size, set_size
-from .multihead import ResizedMultiheadAttention
-from .write_back import SUBSTITUTES, WriteBackRecord, named_tensors
+from .named_tensors import get_tensor, named_tensors, set_tensor
+from .write_back import WriteBackRecord, apply_record
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -86,7 +85,8 @@ def check_no_meta(model: nn.Module) -> None:
         held = {**module._parameters, **module._buffers, **vars(module)}
         for name, value in held.items():
             if isinstance(value, Tensor) and value.is_meta:
-                raise ArtifactError(f"'{path}.{name}' is on the meta device: it has no values to save or to run with")
+                full = f"{path}.{name}" if path else name
+                raise ArtifactError(f"'{full}' is on the meta device: it has no values to save or to run with")
 
 
 # ---------------------------------------------------------------------- files
@@ -182,7 +182,7 @@ def take(
     aliases: Mapping[str, Any] = data["aliases"]
     owned = named_tensors(model)
     _resize(model, owned, record, {**weights, **buffers, **aliases})
-    _set_attributes(model, record)
+    apply_record(model, record)
     for alias, name in aliases.items():
         if name not in weights and name not in buffers:
             raise ArtifactError(f"the record ties '{alias}' to '{name}', which is not stored")
@@ -194,7 +194,7 @@ def take(
         raise ArtifactError(f"the tensors do not fit {type(model).__name__}: {' '.join(str(err).split())}") from err
     _set_buffers(model, owned, buffers)
     for alias, name in aliases.items():
-        _bind(model, alias, _tensor(model, name))
+        set_tensor(model, alias, get_tensor(model, name))
     frozen = set(data["frozen_parameters"])
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(name not in frozen)
@@ -217,25 +217,7 @@ def _resize(model: nn.Module, owned: Mapping[str, Tensor], record: WriteBackReco
         if name not in stored:
             raise ArtifactError(f"the record cuts '{name}', which is not stored")
         empty = torch.empty(shape, dtype=old.dtype, device="meta")
-        _bind(model, name, nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty)
-
-
-def _set_attributes(model: nn.Module, record: WriteBackRecord) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, (name, scale) in record.classes.items():
-        module = modules.get(path)
-        if name not in SUBSTITUTES or not isinstance(module, nn.MultiheadAttention):
-            raise ArtifactError(f"the record gives '{path}' the class {name!r}, which it cannot have")
-        ResizedMultiheadAttention.adopt(module, scale)
-    for path, values in record.attributes.items():
-        module = modules.get(path)
-        if module is None:
-            raise ArtifactError(f"{type(model).__name__} has no module '{path}', whose attributes the record sets")
-        for name, value in values.items():
-            old = get_size(module, name)
-            if old is None or isinstance(old, int) != (type(value) is int):
-                raise ArtifactError(f"the record sets '{path}.{name}' to {value!r}, which is no size attribute there")
-            set_size(module, name, value if isinstance(value, int) else type(old)(value))  # type: ignore[arg-type]
+        set_tensor(model, name, nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty)
 
 
 def _set_buffers(model: nn.Module, owned: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
@@ -244,22 +226,7 @@ def _set_buffers(model: nn.Module, owned: Mapping[str, Tensor], buffers: Mapping
     for name, tensor in buffers.items():
         if name not in owned or name in persistent:
             raise ArtifactError(f"{type(model).__name__} has no buffer '{name}' outside its state dict")
-        _bind(model, name, tensor)
+        set_tensor(model, name, tensor)
     missing = sorted(expected - set(buffers))
     if missing:
         raise ArtifactError(f"the artifact does not hold the buffer '{missing[0]}' of {type(model).__name__}")
-
-
-def _split(name: str) -> tuple[str, str]:
-    path, _, short = name.rpartition(".")
-    return path, short
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, short = _split(name)
-    return getattr(model.get_submodule(path), short)
-
-
-def _bind(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, short = _split(name)
-    setattr(model.get_submodule(path), short, tensor)

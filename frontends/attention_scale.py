@@ -19,6 +19,7 @@ from ..graph.groups import Member
 from ..graph.resize import RemovalRecord
 from .multihead import ResizedMultiheadAttention
 from .sizes import HEAD, HEAD_DIM, SizeChanges, attention_roles, module_paths
+from .torch_layers import TRANSPOSED, layer_literals
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -46,6 +47,7 @@ class ScaleKeeper:
         self.scaled: dict[str, float] = {}
         self.paths: set[str] = set()
         self._modules = dict(work.named_modules(remove_duplicate=False))
+        self._literals = layer_literals(graph.program)
 
     def keep(self) -> None:
         """Keep the scale of the scores where forward derives it from the head width that is left."""
@@ -153,10 +155,11 @@ class ScaleKeeper:
 
     def _takes_in(self, name: str, dim: int) -> bool:
         """Whether dimension ``dim`` of parameter ``name`` is that of its layer's input."""
-        module = self._modules[name.rpartition(".")[0]]
+        path = name.rpartition(".")[0]
+        module = self._modules[path]
         if isinstance(module, nn.Embedding) or list(module.children()) or self._parameter(name).dim() < 2:
             return False
-        transposed = type(module).__name__ == "Conv1D" or getattr(module, "transposed", False)
+        transposed = self._literals.get(path, {}).get(TRANSPOSED) or getattr(module, "transposed", False)
         return dim == (0 if transposed else 1)
 
     def _scale(self, name: str, members: list[Member], factor: float) -> None:

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from ..graph.depgraph import DepGraph
-from ..graph.errors import WriteBackError
+from ..graph.errors import WriteBackError, first_line
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord
 from .attention_scale import ScaleKeeper
 from .attributes import ROLES, Proposal, Value, get_size, proposals, set_size, sizes_of
-from .forward_trace import Departure, attribute_reads, first_departure, first_line, program_values, share
+from .forward_trace import Departure, attribute_reads, first_departure, program_values, share
 from .self_check import deviation, quiet, second_inputs, tensors_of, tolerance
 from .sizes import HEAD_DIM, VALUE_DIM, SizeChange, SizeChanges
 from .torch_layers import is_layer, layer_attributes, layer_literals
@@ -75,6 +75,7 @@ class Settler:
         self.removal = removal
         self.done = Settled()
         self.tried: list[str] = []
+        self._literals = layer_literals(program)
         self._scales = ScaleKeeper(work, graph, sizes, removal)
         self._original = dict(model.named_modules(remove_duplicate=False))
         self._modules = dict(work.named_modules(remove_duplicate=False))
@@ -115,18 +116,21 @@ class Settler:
     # ------------------------------------------------------------------ what is certain
 
     def _set_layers(self) -> None:
-        literals = layer_literals(self.program)
         for path, module in self._modules.items():
-            if path not in literals and not any(True for _ in module.parameters(recurse=False)):
+            if path not in self._literals and not any(True for _ in module.parameters(recurse=False)):
                 continue
-            for name, value in layer_attributes(module, literals.get(path, {})).items():
+            for name, value in layer_attributes(module, self._literals.get(path, {})).items():
                 if get_size(module, name) not in (None, value):
                     setattr(module, name, value)
 
     def _set_certain(self) -> None:
         for path, module in self._modules.items():
             changes = self.sizes.inside(path)
-            if is_layer(module) or path in self.done.classes or all(c.old == c.new for c in changes):
+            if (
+                is_layer(module, self._literals.get(path, {}))
+                or path in self.done.classes
+                or all(c.old == c.new for c in changes)
+            ):
                 continue
             for name, value in list(sizes_of(module)):
                 options = proposals(path, name, value, changes)

@@ -24,6 +24,7 @@ from ..graph.serialize import DAMAGE, FORMAT_VERSION, read, read_tensors, write
 from ..graph.tensor_records import restore
 from .capture import DynamicDims, capture
 from .code_key import CodeKey, Unstable
+from .named_tensors import named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -134,16 +135,9 @@ def _modes() -> tuple[Any, ...]:
     return torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), autocast
 
 
-def _owned(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
 def _store(folder: Path, model: nn.Module, program: Program) -> None:
     document, _ = encode_program(program)
-    owned = _owned(model)
+    owned = named_tensors(model)
     tensors = program.tensors()
     constants = {name: t for name, t in tensors.items() if owned.get(name) is not t}
     for name in document["tensors"].keys() - tensors.keys():
@@ -160,7 +154,7 @@ def _restore(folder: Path, model: nn.Module, args: tuple[Any, ...], kwargs: Mapp
     """
     document, stamp = read(folder)
     stored = read_tensors(folder / CONSTANTS_FILE, stamp)
-    owned = _owned(model)
+    owned = named_tensors(model)
     try:
         constants = set(document["constants"])
         tensors = {

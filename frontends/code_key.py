@@ -19,13 +19,14 @@ import sys
 import types
 import weakref
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..graph.versions import version_of
 
 # Their versions stand for their source.
 LIBRARIES = ("torch", "transformers", "diffusers", "numpy", "accelerate", "peft", "safetensors", "huggingface_hub")
@@ -310,7 +311,4 @@ def _version(package: str) -> str:
     found = getattr(module, "__version__", None)
     if found is not None:
         return str(found)
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
+    return version_of(package) or "none"

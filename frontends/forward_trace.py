@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
+from ..graph.errors import first_line
 from ..graph.program import Program
 from .attributes import config_of, sizes_of
 from .self_check import quiet, tensors_of
@@ -226,8 +227,3 @@ class _Watcher:
             math.isclose(norm, n, rel_tol=MOMENT_TOLERANCE) and abs(weighted - w) <= bound
             for _shape, n, w in self.values.get(shape, ())
         )
-
-
-def first_line(err: BaseException) -> str:
-    """Return the first non-empty line of an error's message."""
-    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)

@@ -6,17 +6,17 @@ batch of one for a constant.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..graph.errors import PreconditionError
+from ..graph.errors import PreconditionError, unknown
 from .inputs_diffusers import diffusers_inputs
 from .inputs_draw import BATCH, Draw
 from .inputs_transformers import transformers_inputs
+from .libraries import derives_from
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any], dict[str, dict[int, str]] | None]
 
@@ -47,7 +47,7 @@ def example_inputs(model: nn.Module) -> Inputs:
     if isinstance(array, (tuple, list)):
         return tuple(array), {}, None
     for library, make in (("transformers", transformers_inputs), ("diffusers", diffusers_inputs)):
-        if _is_of(model, library):
+        if derives_from(type(model), library):
             kwargs = make(model, draw)
             if kwargs is not None:
                 return (), kwargs, None
@@ -94,18 +94,12 @@ def inputs_from_spec(spec: Mapping[str, Any], *, seed: int = 0) -> Inputs:
     return (), kwargs, dynamic or None
 
 
-def _is_of(model: nn.Module, library: str) -> bool:
-    return any(cls.__module__.partition(".")[0] == library for cls in type(model).__mro__)
-
-
 def _from_entry(name: str, entry: Any, draw: Draw) -> Any:
     if not isinstance(entry, Mapping):
         return entry
     for key in entry:
         if key not in _FIELDS:
-            near = difflib.get_close_matches(str(key), _FIELDS, 1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(_FIELDS)}"
-            raise PreconditionError(f"inputs: '{name}' has an unknown field '{key}'{hint}")
+            raise PreconditionError(unknown(f"inputs: '{name}' has an unknown field", key, _FIELDS))
     if "shape" not in entry:
         if set(entry) == {"value"}:
             return entry["value"]

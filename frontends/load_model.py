@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import os
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +16,12 @@ from torch import Tensor, nn
 from ..graph.errors import GraphwrightError, LoadError
 from ..graph.program import Program
 from ..graph.serialize import GRAPH_FILE, load_program
+from .artifact_record import RECORD_FILE
+from .factory import find_factory, is_factory_name, working_directory_importable
 from .inputs import Inputs, example_inputs, inputs_from_spec
 from .pretrained import Options, load_directory, load_gguf, load_hub
 
 PREFIX = "builtin:"
-RECORD_FILE = "graphwright.json"
-_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(#[\w./-]+)?")
 _FORMS = "builtin:NAME, a directory, a .gguf file, package.module:factory, or a hub name such as org/name"
 
@@ -107,7 +103,7 @@ def _load(spec: str, options: Options) -> tuple[nn.Module, Inputs | None, tuple[
         if path.suffix != ".gguf":
             raise LoadError(f"{path} is a file; a model is {_FORMS}")
         return (*_without_inputs(load_gguf(path, options)),)
-    if _FACTORY.fullmatch(spec):
+    if is_factory_name(spec):
         return (*_factory(spec), ())
     if spec.startswith((".", "/", "~", os.sep)) or path.suffix == ".gguf" or name.endswith("/"):
         raise LoadError(f"there is no file or directory {path}")
@@ -159,9 +155,9 @@ def _inputs_of(program: Program) -> Inputs:
 
 
 def _factory(spec: str) -> tuple[nn.Module, Inputs | None]:
-    module_name, _, attribute = spec.partition(":")
-    with _working_directory_importable():
-        factory = _find(spec, _import(spec, module_name), attribute)
+    # Around the call as well: a factory may import while it runs.
+    with working_directory_importable():
+        factory = find_factory(spec, LoadError)
         if isinstance(factory, nn.Module):
             return factory, None
         if not callable(factory):
@@ -174,32 +170,6 @@ def _factory(spec: str) -> tuple[nn.Module, Inputs | None]:
                 raise
             raise LoadError(f"{spec}() failed: {type(err).__name__}: {err}") from err
     return _checked(spec, made)
-
-
-def _import(spec: str, module_name: str) -> Any:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as err:
-        if err.name is not None and f"{module_name}.".startswith(f"{err.name}."):
-            raise LoadError(
-                f"there is no module {err.name} for {spec}; modules are looked for among the installed ones and in the "
-                "working directory"
-            ) from err
-        raise LoadError(f"{module_name} needs the module {err.name}, which is not installed") from err
-    # Importing runs the user's module, which may fail with anything.
-    except Exception as err:
-        raise LoadError(f"importing {module_name} failed: {type(err).__name__}: {err}") from err
-
-
-def _find(spec: str, module: Any, attribute: str) -> Any:
-    found = module
-    for name in attribute.split("."):
-        if not hasattr(found, name):
-            near = difflib.get_close_matches(name, [n for n in dir(found) if not n.startswith("_")], 3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise LoadError(f"{getattr(found, '__name__', found)} has no {name!r}, for {spec}{hint}")
-        found = getattr(found, name)
-    return found
 
 
 def _checked(spec: str, made: Any) -> tuple[nn.Module, Inputs | None]:
@@ -216,21 +186,6 @@ def _checked(spec: str, made: Any) -> tuple[nn.Module, Inputs | None]:
     if not isinstance(kwargs, Mapping):
         raise LoadError(f"{spec}() returned kwargs of type {type(kwargs).__name__}, expected a dict; {what}")
     return model, (tuple(args), dict(kwargs), None)
-
-
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """Find modules in the working directory, as ``python -m`` does and an installed command does not."""
-    here = os.getcwd()
-    if here in sys.path or "" in sys.path:
-        yield
-        return
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
 
 
 # ---------------------------------------------------------------------- dtype

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..graph.errors import LoadError
+from .artifact_record import RECORD_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def load_directory(path: Path, part: str | None, options: Options) -> Loaded:
     names = sorted(file.name for file in path.iterdir())
     found = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "") if names else "nothing"
     raise LoadError(
-        f"{path} holds no model: expected {CONFIG}, {PIPELINE}, graphwright.json or a .gguf file, found {found}"
+        f"{path} holds no model: expected {CONFIG}, {PIPELINE}, {RECORD_FILE} or a .gguf file, found {found}"
     )
 
 

@@ -7,6 +7,7 @@ Both describe each input by shape, dtype, range and seed, as plain data, so that
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +17,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..graph.errors import ArtifactError, first_line
 from ..graph.program import InputSpec, Program
+
+logger = logging.getLogger(__name__)
 
 # Largest deviation allowed, relative to the largest magnitude of the output: two routes through the same kernels
 # differ by the order of a few sums.
@@ -28,6 +32,9 @@ RELATIVE_TOLERANCE: Mapping[torch.dtype, float] = {
 }
 
 SECOND_SEED = 20_000
+
+# How far the figures of two fingerprints may be apart, relative to the largest magnitude.
+FINGERPRINT_TOLERANCE = 1e-3
 
 # Values of each output that a self-check keeps, for machines whose kernels round differently.
 SAMPLES = 32
@@ -199,16 +206,96 @@ def fingerprint(tensor: Tensor) -> dict[str, Any]:
     }
 
 
-def same_fingerprint(got: Mapping[str, Any], want: Mapping[str, Any], relative: float = 1e-3) -> bool:
-    """Whether two fingerprints are of the same output: the hashes agree, or every number does within ``relative``.
+def fingerprint_deviation(got: Mapping[str, Any], want: Mapping[str, Any]) -> float:
+    """Return how far two fingerprints are apart, relative to the largest magnitude of ``want``; 0 if the hashes agree.
 
     The hash alone would not do: a value on the edge between two roundings falls on either side on another machine.
+    Infinite where shapes or dtypes differ.
     """
-    if got["shape"] != want["shape"] or got["dtype"] != want["dtype"]:
-        return False
+    if got["shape"] != want["shape"] or got["dtype"] != want["dtype"] or len(got["values"]) != len(want["values"]):
+        return float("inf")
     if got["sha256"] == want["sha256"]:
-        return True
+        return 0.0
     scale = max(float(want["largest"]), 1e-30)
-    pairs = zip(got["values"], want["values"], strict=False)
-    close = len(got["values"]) == len(want["values"]) and all(abs(a - b) <= relative * scale for a, b in pairs)
-    return close and abs(got["norm"] - want["norm"]) <= relative * max(float(want["norm"]), 1e-30)
+    apart = [abs(a - b) / scale for a, b in zip(got["values"], want["values"], strict=True)]
+    return max(*apart, abs(got["norm"] - want["norm"]) / max(float(want["norm"]), 1e-30), 0.0)
+
+
+# ---------------------------------------------------------------------- of a saved module
+
+
+def record_self_check(model: nn.Module, inputs: Any, note: str) -> dict[str, Any]:
+    """Run ``model`` and return what `run_self_check` compares with, or why there is nothing: ``skipped``.
+
+    Args:
+        model: In any mode, on any device.
+        inputs: As `describe` described them; None where it could not.
+        note: Why ``inputs`` is None.
+    """
+    if inputs is None:
+        return {"skipped": f"the inputs cannot be described: {note}"}
+    outputs = _run(model, inputs)
+    if not outputs:
+        return {"skipped": "the module returns no tensors"}
+    return {"inputs": inputs, "outputs": [fingerprint(t) for t in outputs]}
+
+
+def run_self_check(model: nn.Module, check: Mapping[str, Any], source: str) -> None:
+    """Run ``model`` on the recorded inputs and compare its outputs with the recorded ones.
+
+    A check that was not recorded is logged as a warning: nothing is known about what the module computes.
+
+    Args:
+        model: Freshly loaded.
+        check: What `record_self_check` returned.
+        source: Where it was loaded from.
+
+    Raises:
+        ArtifactError: The check is damaged, the module does not run, or an output differs.
+    """
+    if "skipped" in check:
+        logger.warning("the outputs of %s were not checked after loading: %s", source, check["skipped"])
+        return
+    name = type(model).__name__
+    try:
+        got, want = [fingerprint(t) for t in _run(model, check["inputs"])], check["outputs"]
+        problem = _difference(got, want)
+    except (KeyError, TypeError, ValueError) as err:
+        raise ArtifactError(f"the self-check of {source} is damaged: {type(err).__name__}: {err}") from err
+    except (RuntimeError, IndexError, AssertionError, AttributeError) as err:
+        raise ArtifactError(
+            f"{name} from {source} does not run on the recorded inputs: {first_line(err)}; {_ADVICE}"
+        ) from err
+    if problem:
+        raise ArtifactError(
+            f"{name} from {source} does not compute what it computed when it was saved: {problem}; {_ADVICE}"
+        )
+
+
+_ADVICE = (
+    "install the versions of its library and of torch that its record names under 'versions', or load it with "
+    "self_check=False and judge for yourself"
+)
+
+
+def _difference(got: Sequence[Mapping[str, Any]], want: Sequence[Mapping[str, Any]]) -> str:
+    """Return which output differs and by how much, in words; nothing if none does."""
+    if len(got) != len(want):
+        return f"it returns {len(got)} tensors, expected {len(want)}"
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        if a["shape"] != b["shape"] or a["dtype"] != b["dtype"]:
+            return f"output {i} is {a['dtype']} {a['shape']}, expected {b['dtype']} {b['shape']}"
+        if (apart := fingerprint_deviation(a, b)) > FINGERPRINT_TOLERANCE:
+            return (
+                f"output {i} is off by {apart:.1e} of its largest value, {FINGERPRINT_TOLERANCE:.0e} is allowed "
+                f"(norm {a['norm']:.6g}, expected {b['norm']:.6g})"
+            )
+    return ""
+
+
+def _run(model: nn.Module, described: Any) -> list[Tensor]:
+    inputs = realise(described)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (inputs["args"], inputs["kwargs"]))
+    with quiet(model):
+        return tensors_of(model(*args, **kwargs))

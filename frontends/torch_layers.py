@@ -6,17 +6,20 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from ..graph.program import Program
 from .attributes import Value
 from .sizes import module_paths
 
+TRANSPOSED = "transposed"
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether the attributes of ``module`` follow from its own tensors."""
-    return isinstance(module, tuple(kind for kinds, _ in _LAYERS for kind in _flat(kinds))) or _is_conv1d(module)
+
+def is_layer(module: nn.Module, literals: Mapping[str, Any]) -> bool:
+    """Whether the attributes of ``module`` follow from its own tensors; ``literals`` are those of `layer_literals`."""
+    kinds = tuple(kind for kinds, _ in _LAYERS for kind in _flat(kinds))
+    return isinstance(module, kinds) or bool(literals.get(TRANSPOSED))
 
 
 def layer_attributes(module: nn.Module, literals: Mapping[str, Any]) -> dict[str, Value]:
@@ -24,22 +27,18 @@ def layer_attributes(module: nn.Module, literals: Mapping[str, Any]) -> dict[str
 
     Args:
         module: With its new tensors.
-        literals: ``groups`` of the convolution and ``normalized_shape`` of the norm that the program has in its place.
+        literals: What `layer_literals` found for it.
     """
     for kind, derive in _LAYERS:
         if isinstance(module, kind):
             values = derive(module, literals)
             return {name: value for name, value in values.items() if value is not None}
-    if _is_conv1d(module):
+    if literals.get(TRANSPOSED):
         weight: Any = module.weight
-        return {"nx": weight.shape[0], "nf": weight.shape[1]}
+        inner, outer = weight.shape
+        # As transformers' Conv1D calls them, and as torch does.
+        return {"nx": inner, "nf": outer, "in_features": inner, "out_features": outer}
     return {}
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' linear layer with a transposed weight ``[in, out]``."""
-    weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor)
 
 
 def _flat(kinds: Any) -> tuple[type, ...]:
@@ -125,10 +124,16 @@ _GROUPS_AT = {
 }
 _SHAPE_AT = {"layer_norm": 1, "rms_norm": 1}
 _CHANNELS = ("batch_norm", "group_norm", "instance_norm")
+# Where the weight of a linear layer is that is stored as ``[in, out]``.
+_RIGHT_AT = {"addmm": 2, "mm": 1, "matmul": 1}
 
 
 def layer_literals(program: Program) -> dict[str, dict[str, Any]]:
-    """Return, by module path, the ``groups``, ``normalized_shape`` or ``channels`` of the operator in its place."""
+    """Return, by module path, what the operator in its place says.
+
+    These are ``groups``, ``normalized_shape``, ``channels``, and `TRANSPOSED` for a linear layer whose weight is
+    ``[in, out]``: the operator takes it as it is, on the right of a matrix product.
+    """
     out: dict[str, dict[str, Any]] = {}
     for node in program.nodes:
         if node.op != "call_function":
@@ -147,7 +152,15 @@ def layer_literals(program: Program) -> dict[str, dict[str, Any]]:
             source = node.args[0]
             assert isinstance(source, Node)
             values["channels"] = int(source.meta["val"].shape[1])
+        elif op in _RIGHT_AT and _is_weight_of(paths[-1], _argument(node, _RIGHT_AT[op], "mat2", None)):
+            values[TRANSPOSED] = True
     return {path: values for path, values in out.items() if values}
+
+
+def _is_weight_of(path: str, source: Any) -> bool:
+    if not isinstance(source, Node) or source.op != "get_attr" or len(source.meta["val"].shape) != 2:
+        return False
+    return source.target == (f"{path}.weight" if path else "weight")
 
 
 def _argument(node: Node, index: int, name: str, default: Any) -> Any:

@@ -17,21 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.depgraph import depgraph
-from ..graph.errors import PreconditionError, WriteBackError
+from ..graph.errors import ArtifactError, PreconditionError, WriteBackError, first_line
 from ..graph.program import Program
-from ..graph.resize import RemovalRecord, cut_tensor
+from ..graph.resize import RemovalRecord
 from .attribute_search import Settler
-from .attributes import Value, set_size
+from .attributes import Value, get_size, set_size
 from .capture import capture
-from .forward_trace import first_line
+from .libraries import derives_from
 from .multihead import ResizedMultiheadAttention
+from .named_tensors import named_tensors
 from .self_check import NotDescribable, describe
 from .sizes import SizeChanges
 
 RECORD = "graphwright_record"
 
 # Classes that write-back puts in the place of torch's, by name. A saved model names one of these and nothing else.
-SUBSTITUTES: Mapping[str, type[nn.Module]] = {"ResizedMultiheadAttention": ResizedMultiheadAttention}
+# Each derives from the class that it takes the place of.
+SUBSTITUTES: Mapping[str, type[ResizedMultiheadAttention]] = {"ResizedMultiheadAttention": ResizedMultiheadAttention}
 
 
 @dataclass(frozen=True)
@@ -132,30 +134,38 @@ def write_back(
 
 
 def apply_record(model: nn.Module, record: WriteBackRecord) -> None:
-    """Set the classes and attributes of ``record`` on ``model``. Tensors are left as they are."""
-    for path, (_name, scale) in record.classes.items():
-        module = model.get_submodule(path)
-        assert isinstance(module, nn.MultiheadAttention)
-        ResizedMultiheadAttention.adopt(module, scale)
+    """Set the classes and attributes of ``record`` on ``model``. Tensors are left as they are.
+
+    Raises:
+        ArtifactError: The record names a module, class or attribute that the model does not have.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, (name, scale) in record.classes.items():
+        substitute, module = SUBSTITUTES.get(name), modules.get(path)
+        if substitute is None or not isinstance(module, substitute.__bases__):
+            raise ArtifactError(f"the record gives '{path}' the class {name!r}, which it cannot have")
+        substitute.adopt(module, scale)  # type: ignore[arg-type] (`__bases__` says of what class it is)
     for path, values in record.attributes.items():
+        module = modules.get(path)
+        if module is None:
+            raise ArtifactError(f"{type(model).__name__} has no module '{path}', whose attributes the record sets")
         for name, value in values.items():
-            set_size(model.get_submodule(path), name, value)
+            old = get_size(module, name)
+            if old is None or isinstance(old, int) != (type(value) is int):
+                raise ArtifactError(f"the record sets '{path}.{name}' to {value!r}, which is no size attribute there")
+            set_size(module, name, value if isinstance(value, int) else type(old)(value))  # type: ignore[arg-type]
 
 
 def config_text(model: nn.Module) -> str | None:
     """Return a transformers or diffusers model's configuration as JSON text; None for any other module."""
-    if _is_from(model, "transformers", "PreTrainedModel"):
+    if derives_from(type(model), "transformers", "PreTrainedModel"):
         return model.config.to_json_string(use_diff=False)  # type: ignore[union-attr]
-    if _is_from(model, "diffusers", "ConfigMixin"):
+    if derives_from(type(model), "diffusers", "ConfigMixin"):
         # diffusers writes into the configuration while making the text.
         twin = copy.copy(model)
         object.__setattr__(twin, "__dict__", {**vars(model), "_internal_dict": copy.deepcopy(model._internal_dict)})
         return twin.to_json_string()  # type: ignore[operator]
     return None
-
-
-def _is_from(model: nn.Module, package: str, base: str) -> bool:
-    return any(c.__name__ == base and c.__module__.split(".")[0] == package for c in type(model).__mro__)
 
 
 def _parts(result: Any, record: RemovalRecord | None) -> tuple[Program, RemovalRecord, tuple[str, ...]]:
@@ -180,14 +190,6 @@ def _inputs(args: Any, kwargs: Any) -> tuple[Any, str]:
 
 
 # ---------------------------------------------------------------------- tensors
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer of ``model`` by name; tied ones under each of their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
 
 def _smaller_copy(model: nn.Module, program: Program, removal: RemovalRecord) -> nn.Module:
@@ -226,7 +228,7 @@ def _own(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _check(name: str, old: Tensor, new: Tensor, removal: RemovalRecord) -> None:
     cuts = removal.tensors.get(name, {})
-    want = list(cut_tensor(name, old.detach().to("meta"), {}).shape)
+    want = list(old.shape)
     for dim, cut in cuts.items():
         if old.shape[dim] != cut.of:
             raise PreconditionError(

@@ -13,7 +13,6 @@ be told from noise, damage done to these shows in the pictures. ``tools/train_di
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from ...graph.errors import unknown
 
 PREFIX = "builtin:"
 FOLDER = Path(__file__).resolve().parent
@@ -91,9 +92,7 @@ def builtin_folder(name: str) -> Path:
     short = name.removeprefix(PREFIX)
     if short in BUILTIN:
         return FOLDER / short
-    near = difflib.get_close_matches(short.lower(), BUILTIN, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown built-in model {short!r}: known are {', '.join(BUILTIN)}{hint}")
+    raise ValueError(unknown("unknown built-in model", short, BUILTIN))
 
 
 def load_builtin(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from graphwright.frontends import artifact, artifact_record
+from graphwright.frontends import artifact
 from graphwright.frontends.artifact import load, save
 from graphwright.frontends.attributes import sizes_of
-from graphwright.frontends.self_check import tensors_of
 from graphwright.frontends.multihead import ResizedMultiheadAttention
-from graphwright.frontends.write_back import named_tensors, write_back
+from graphwright.frontends.named_tensors import named_tensors
+from graphwright.frontends.self_check import tensors_of
+from graphwright.frontends.write_back import write_back
 from graphwright.graph.errors import ArtifactError
+from graphwright.graph.files import sha256
 from graphwright.graph.resize import RemovalRecord
 
 SIX = ("llama", "bert", "vit", "resnet", "unet", "conditional_unet")
@@ -322,7 +324,7 @@ def test_a_changed_byte_of_the_weights_is_found(copied):
 def test_truncated_weights_with_a_fitting_hash_are_found(copied):
     path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-64])
-    files = record_of(copied)["files"] | {"model.safetensors": artifact_record.sha256(path)}
+    files = record_of(copied)["files"] | {"model.safetensors": sha256(path)}
     edit(copied, files=files)
     with pytest.raises(ArtifactError, match=r"model.safetensors is damaged"):
         load(copied)
@@ -419,9 +421,23 @@ def test_the_self_check_finds_a_model_that_computes_something_else(copied):
     load(copied)  # rounding alone may change the hash; the numbers still agree
     check["outputs"][0]["values"][0] += 0.01
     edit(copied, self_check=check)
-    with pytest.raises(ArtifactError, match="does not compute what it computed"):
+    message = (
+        r"does not compute what it computed.*: output 0 is off by [\d.]+e-0\d of its largest value, 1e-03 is.*install"
+    )
+    with pytest.raises(ArtifactError, match=message):
         load(copied)
     load(copied, self_check=False)
+    check["outputs"][0]["shape"] = [1, 5]
+    edit(copied, self_check=check)
+    with pytest.raises(ArtifactError, match=r"output 0 is float32 \[2, 5\], expected float32 \[1, 5\]"):
+        load(copied)
+
+
+def test_a_self_check_that_was_not_recorded_is_a_warning(copied, caplog):
+    edit(copied, self_check={"skipped": "the inputs cannot be described: complex inputs"})
+    load(copied)
+    (line,) = caplog.messages
+    assert "were not checked after loading: the inputs cannot be described: complex inputs" in line
 
 
 def test_tensors_on_the_meta_device_are_refused(written, copied, tmp_path, monkeypatch):
@@ -435,7 +451,7 @@ def test_tensors_on_the_meta_device_are_refused(written, copied, tmp_path, monke
         return module
 
     monkeypatch.setattr(artifact, "build", forgetful)
-    with pytest.raises(ArtifactError, match=r"'.cached' is on the meta device"):
+    with pytest.raises(ArtifactError, match=r"'cached' is on the meta device"):
         load(copied)
 
 
@@ -476,6 +492,21 @@ def test_a_failure_leaves_the_earlier_artifact_and_nothing_half_written(written,
         save(written("llama"), folder)
     assert (folder / "graphwright.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_tensor_that_changes_on_the_way_is_named_with_both_values(written, tmp_path, monkeypatch):
+    take = artifact.take
+
+    def careless(model: nn.Module, *rest: Any) -> None:
+        take(model, *rest)
+        model.get_parameter("classifier.1.bias").data.add_(1)
+
+    monkeypatch.setattr(artifact, "take", careless)
+    monkeypatch.setattr(artifact, "run_self_check", lambda *_: None)
+    message = r"'classifier.1.bias' .* is float32 \[5\] of norm .* expected float32 \[5\] of norm .*check=False"
+    with pytest.raises(ArtifactError, match=message):
+        save(written("resnet"), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_module_that_would_not_load_again_is_refused(written, tmp_path):

@@ -100,15 +100,14 @@ def test_split_is_fixed_disjoint_and_in_range():
 
 
 @pytest.mark.parametrize(("name", "near"), [("digit-ddpm", "digits-ddpm"), ("digits-clasifier", "digits-classifier")])
-def test_unknown_name_is_told_the_known_and_the_nearest(name, near):
+def test_unknown_name_is_told_the_nearest(name, near):
     with pytest.raises(ValueError) as error:
         load_builtin(f"builtin:{name}")
-    assert all(known in str(error.value) for known in BUILTIN)
     assert f"did you mean '{near}'" in str(error.value)
 
 
 def test_a_name_like_no_other_gets_no_guess():
-    with pytest.raises(ValueError, match="known are digits-ddpm, digits-classifier$"):
+    with pytest.raises(ValueError, match="known: digits-classifier, digits-ddpm$"):
         load_builtin("qqq")
 
 

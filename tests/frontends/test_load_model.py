@@ -417,7 +417,7 @@ def test_module_without_inputs_takes_those_that_are_given(module: str) -> None:
         (":four", r"returned \(Linear, tuple, dict, NoneType\)"),
         (":fails", r"fails\(\) failed: RuntimeError: no weights here"),
         (":needs", r"needs\(\) failed: TypeError: .*missing 1 required"),
-        (":with_kwarg", "has no 'with_kwarg'.*near: with_kwargs"),
+        (":with_kwarg", "has no 'with_kwarg'; did you mean 'with_kwargs'"),
         ("_missing:make", "there is no module"),
         ("_broken:make", "needs the module no_such_package_anywhere, which is not installed"),
         ("_raising:make", "importing .*_raising failed: ZeroDivisionError"),

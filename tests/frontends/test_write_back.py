@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from graphwright.frontends.self_check import tensors_of
+import graphwright.frontends.write_back as write_back_module
 from graphwright.frontends.multihead import ResizedMultiheadAttention
-from graphwright.frontends.write_back import WriteBackRecord, named_tensors, write_back
-from graphwright.graph.errors import PreconditionError, WriteBackError
+from graphwright.frontends.named_tensors import named_tensors
+from graphwright.frontends.self_check import tensors_of
+from graphwright.frontends.write_back import WriteBackRecord, write_back
+from graphwright.graph.errors import ArtifactError, PreconditionError, WriteBackError
 from graphwright.graph.resize import RemovalRecord
 
 SIX = ("llama", "bert", "vit", "resnet", "unet", "conditional_unet")
@@ -502,6 +504,48 @@ def test_a_scale_derived_at_run_time_is_made_up_for_in_the_weights(tools, build)
     )
 
 
+class Affine(nn.Module):
+    """A linear layer with the weight of transformers' Conv1D, ``[in, out]``, under another name."""
+
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.in_features, self.out_features = inner, outer
+        self.weight, self.bias = nn.Parameter(torch.randn(inner, outer) * 0.3), nn.Parameter(torch.zeros(outer))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Conv1D(nn.Module):
+    """A linear layer with torch's weight, ``[out, in]``, under the name of transformers'."""
+
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.nx, self.nf = inner, outer
+        self.weight, self.bias = nn.Parameter(torch.randn(outer, inner) * 0.3), nn.Parameter(torch.zeros(outer))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class OwnLayers(RunTimeScale):
+    def __init__(self, layer):
+        super().__init__()
+        self.qkv, self.out = layer(12, 96), layer(32, 12)
+
+
+@pytest.mark.parametrize("layer", [Affine, Conv1D])
+def test_the_operator_says_which_side_of_a_weight_is_the_input(tools, layer):
+    _, small = check(tools, lambda: OwnLayers(layer), tools.normal(2, 5, 12))
+    assert small.num_heads == 2
+    share = 0.5**0.25
+    assert small.graphwright_record.extra["scaled"] == pytest.approx(
+        {"qkv.weight": share, "qkv.bias": share, "out.weight": 1 / share}
+    )
+    if layer is Affine:
+        assert (small.qkv.out_features, small.out.in_features) == (24, 8)
+
+
 class NormedQueries(nn.Module):
     def __init__(self):
         super().__init__()
@@ -522,6 +566,31 @@ def test_norms_on_queries_and_keys_take_the_factor(tools):
 
 
 # ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"classes": {"0": ("ResizedMultiheadAttention", 0.5)}}, "gives '0' the class 'ResizedMultiheadAttention'"),
+        ({"classes": {"1": ("Linear", 0.5)}}, "gives '1' the class 'Linear', which it cannot have"),
+        ({"attributes": {"2": {"x": 1}}}, "has no module '2'"),
+        ({"attributes": {"0": {"in_features": (1, 2)}}}, r"'0.in_features' to \(1, 2\), which is no size"),
+    ],
+)
+def test_a_record_is_applied_only_where_it_fits(changed, message):
+    model = nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(4, 2))
+    with pytest.raises(ArtifactError, match=message):
+        write_back_module.apply_record(model, WriteBackRecord(RemovalRecord(), **changed))
+
+
+def test_the_class_of_a_record_is_looked_up(monkeypatch):
+    class Other(ResizedMultiheadAttention, nn.MultiheadAttention):
+        pass
+
+    monkeypatch.setattr(write_back_module, "SUBSTITUTES", {"Other": Other})
+    model = nn.Sequential(nn.MultiheadAttention(4, 2))
+    write_back_module.apply_record(model, WriteBackRecord(RemovalRecord(), classes={"0": ("Other", 0.25)}))
+    assert type(model[0]) is Other and model[0].scale == 0.25
 
 
 class TwoWidths(nn.Module):
