@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from .errors import module_path
+from .operators import LAYERS, RECURRENT, arg, base_name, is_transposed, weight_of
 from .program import Program
 
 
@@ -71,7 +72,7 @@ def cost(program: Program) -> Cost:
             weights.add(node)
         if node.op != "call_function":
             continue
-        count = _COUNTERS.get(_name(node))
+        count = _COUNTERS.get(base_name(node))
         macs = count(node) if count else 0
         size = 0 if _is_view(node) else _bytes(node.meta.get("val"))
         if macs or size:
@@ -103,11 +104,6 @@ def _bytes(value: Any) -> int:
     return math.prod(example_shape(value)) * value.element_size() if isinstance(value, Tensor) else 0
 
 
-def _name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.split("::")[1].rstrip("_") if schema is not None else ""
-
-
 def _is_view(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
@@ -116,7 +112,7 @@ def _is_view(node: Node) -> bool:
 
 
 def _linear(node: Node) -> int:
-    return math.prod(_shape(node)) * _shape(node.args[1])[-1]
+    return math.prod(_shape(node)) * _shape(weight_of(node))[-1]
 
 
 def _matmul(node: Node) -> int:
@@ -129,10 +125,8 @@ def _addmm(node: Node) -> int:
 
 def _convolution(node: Node) -> int:
     """Every output (input, if transposed) element meets the weight's other dimensions."""
-    weight = _shape(node.args[1])
-    name = _name(node)
-    transposed = name.startswith("conv_transpose") or (name == "convolution" and bool(node.args[6]))
-    return math.prod(_shape(node.args[0] if transposed else node)) * math.prod(weight[1:])
+    weight = _shape(weight_of(node))
+    return math.prod(_shape(arg(node, 0, "input") if is_transposed(node) else node)) * math.prod(weight[1:])
 
 
 def _attention(node: Node) -> int:
@@ -172,12 +166,11 @@ _COUNTERS: dict[str, Callable[[Node], int]] = {
     **{name: _matmul for name in ("matmul", "mm", "bmm", "mv", "dot", "_grouped_mm")},
     "addmm": _addmm,
     "baddbmm": _addmm,
-    **{name: _convolution for name in ("conv1d", "conv2d", "conv3d", "convolution", "_convolution")},
-    **{name: _convolution for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")},
+    **{name: _convolution for name, layer in LAYERS.items() if layer.groups is not None},
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
     "bilinear": _bilinear,
-    **{name: _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    **{name: _recurrent for name in RECURRENT},
 }
 
 

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from . import keys
 from .axes import Axis, find, leaves
-from .errors import PreconditionError, module_path, where
+from .errors import PreconditionError, module_path, unknown, where
 from .groups import CouplingGroup, TensorDims, coupling_groups
 from .program import Program, get_tensor
 from .rules import Analysis, rule_for
@@ -50,18 +50,19 @@ class DepGraph:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.analysis = analyse(program)
-        self._tensor_dims = _tensor_dims(program, self.analysis)
+        #: ``(name, dims, trainable)`` of every tensor the graph reads, tied ones once.
+        self.tensors = _tensor_dims(program, self.analysis)
 
     @cached_property
     def groups(self) -> tuple[CouplingGroup, ...]:
         """Every removable axis that a parameter carries, in graph order."""
-        return coupling_groups(self.analysis, self.program.graph_module, self._tensor_dims)
+        return coupling_groups(self.analysis, self.program.graph_module, self.tensors)
 
     @cached_property
     def frozen(self) -> tuple[FrozenAxis, ...]:
         """Every axis of a parameter that is not removable, with the reason."""
         found: dict[Axis, list[tuple[str, int]]] = {}
-        for name, dims, trainable in self._tensor_dims:
+        for name, dims, trainable in self.tensors:
             for dim, axis in enumerate(dims):
                 for leaf in leaves(axis):
                     if trainable and leaf.frozen is not None and leaf.size != 1:
@@ -84,10 +85,7 @@ class DepGraph:
         found = self._by_name.get(name)
         if found is not None:
             return found
-        import difflib
-
-        near = difflib.get_close_matches(name, self._by_name, 3)
-        raise KeyError(f"no coupling group {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        raise KeyError(unknown("there is no coupling group", name, self._by_name))
 
     @cached_property
     def _by_name(self) -> dict[str, CouplingGroup]:
@@ -117,8 +115,8 @@ class DepGraph:
         graph = nx.Graph()
         number: dict[Axis, int] = {}
         names = {find(g.axis): g.name for g in self.groups}
-        for node, value in self.analysis.dims.items():
-            for output, dims in enumerate(tensors_of(value)):
+        for node in self.analysis.dims:
+            for output, dims in enumerate(self.analysis.tensors(node)):
                 for dim, axis in enumerate(dims):
                     tensor_dim = ("dim", node.name, output, dim)
                     graph.add_node(tensor_dim, **{keys.PART: 1})
@@ -174,7 +172,7 @@ def analyse(program: Program) -> Analysis:
             an.dims[node] = an.fresh(value, INPUT) if is_tensor(value) else None
         elif node.op == "output":
             for result in node.all_input_nodes:
-                for dims in tensors_of(an.dims.get(result)):
+                for dims in an.tensors(result):
                     an.freeze_all(dims, OUTPUT)
         else:
             an.dims[node] = _unknown(an, node)
@@ -216,21 +214,12 @@ def _unknown(an: Analysis, node: Node) -> Any:
     reason = f"the operator {node.target} has no rule"
     an.unknown.append(node)
     for source in node.all_input_nodes:
-        for dims in tensors_of(an.dims.get(source)):
+        for dims in an.tensors(source):
             an.freeze_all(dims, reason)
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)):
         return tuple(an.fresh(v, reason) if is_tensor(v) else None for v in value)
     return an.fresh(value, reason) if is_tensor(value) else None
-
-
-def tensors_of(value: Any) -> list[tuple[Axis, ...]]:
-    """Return the dims of every tensor in a node's value."""
-    if value is None:
-        return []
-    if isinstance(value, tuple) and (not value or isinstance(value[0], Axis)):
-        return [value]
-    return [dims for v in value for dims in tensors_of(v)]
 
 
 def _tensor_dims(program: Program, an: Analysis) -> list[TensorDims]:

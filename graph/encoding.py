@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from .errors import ArtifactError
-from .treespec import TRUSTED, import_trusted
+from .treespec import import_trusted
 
 _OPERATOR = (
     "add sub mul truediv floordiv mod pow neg pos abs eq ne lt le gt ge and_ or_ not_ xor is_ is_not getitem"
@@ -186,4 +186,4 @@ def _decode_named(kind: str, value: Any) -> Any:
     return found
 
 
-__all__ = ["TRUSTED", "decode", "decode_target", "defining_module", "encode", "encode_target"]
+__all__ = ["decode", "decode_target", "defining_module", "encode", "encode_target"]

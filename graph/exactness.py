@@ -8,27 +8,25 @@ this module answers that by walking back from the sum, as far as the answer need
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 from torch import nn
 from torch.fx import Node
 
 from .axes import Axis, leaves
+from .operators import LAYERS, RECURRENT, arg, base_name, bias_of, weight_of
 from .program import get_tensor
 from .rules import Analysis
-from .rules.base import arg, is_tensor
+from .rules.base import is_tensor
 from .rules.elementwise import ZERO_PRESERVING
 
 # Past this many operators the answer is "not known to be zero", which labels more than it must and is never wrong.
 MAX_DEPTH = 200
 
-_ZERO_FILLS = frozenset("zeros new_zeros zeros_like".split())
-_ALL = frozenset("add sub rsub".split())
-_ANY = frozenset("mul multiply matmul mm bmm mv einsum outer ger __and__ logical_and bitwise_and".split())
-_AFFINE = frozenset(
-    "linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split()
-)
-_RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
+# Is a call zero, given which of its operands that carry the leaf are (at least one), and which carry it at all?
+_Test = Callable[[Node, AbstractSet[Node], Sequence[Node]], bool]
+
 _NORMS = {
     "layer_norm": (2, 3),
     "group_norm": (2, 3),
@@ -67,11 +65,8 @@ class Zeros:
         return self._memo[key]
 
     def _holds(self, node: Node, leaf: Axis) -> bool:
-        value = self._analysis.dims.get(node)
-        if value is None:
-            return False
-        dims = value if not value or isinstance(value[0], Axis) else [a for v in value if v for a in v]
-        return any(found is leaf for axis in dims for found in leaves(axis))
+        tensors = self._analysis.tensors(node)
+        return any(found is leaf for dims in tensors for axis in dims for found in leaves(axis))
 
     def _compute(self, node: Node, leaf: Axis, depth: int) -> bool:
         if node in self._overwritten:
@@ -81,48 +76,80 @@ class Zeros:
             return isinstance(tensor, nn.Parameter)
         if node.op != "call_function":
             return False
-        name = _name(node)
+        name = base_name(node)
         if name in _ZERO_FILLS:
             return True
         holders = [n for n in node.all_input_nodes if self._holds(n, leaf)]
         zero = {n for n in holders if self.zero(n, leaf, depth)}
-        if name in _ANY:
-            return bool(zero)
-        if not holders or not zero:
-            return False
-        first = node.args[0] in zero
-        if name in _ALL:
-            return len(zero) == _tensor_count(node) and not any(_is_nonzero(a) for a in node.args[:2])
-        if name == "where":
-            return all(branch in zero or branch == 0 for branch in node.args[1:3])
-        if name in ("pad", "constant_pad_nd"):
-            return first and not any(_is_nonzero(a) for a in node.args[2:])
-        if name == "copy":
-            return node.args[1] in zero
-        if name in ("div", "true_divide", "divide"):
-            return first
-        if name == "pow":  # x ** 2, not 2 ** x, and not x ** y, which is 1 where both are 0
-            return first and isinstance(node.args[1], (int, float)) and node.args[1] > 0
-        if name in _AFFINE:
-            bias = arg(node, 2, "bias")
-            return node.args[1] in zero and (not isinstance(bias, Node) or bias in zero)
-        if name in _NORMS:
-            return self._norm_is_zero(node, name, zero)
-        if name == "scaled_dot_product_attention":
-            return node.args[2] in zero
-        if name == "embedding":
-            return first
-        if name in _RECURRENT or name in ZERO_PRESERVING or name in _STRUCTURE or name == "getitem":
-            return len(zero) == len(holders)
-        return False
+        return bool(zero) and name in _TESTS and _TESTS[name](node, zero, holders)
 
-    def _norm_is_zero(self, node: Node, name: str, zero: set[Node]) -> bool:
-        weight, bias = _NORMS[name]
-        scale = arg(node, weight, "weight")
-        shift = None if bias is None else arg(node, bias, "bias")
-        if isinstance(scale, Node) and scale in zero:
-            return not isinstance(shift, Node) or shift in zero
-        return name == "rms_norm" and node.args[0] in zero
+
+def _any(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    return True
+
+
+def _all(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    return len(zero) == len(holders)
+
+
+def _first(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    return node.args[0] in zero
+
+
+def _second(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    return node.args[1] in zero
+
+
+def _third(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    return node.args[2] in zero
+
+
+def _sum(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    return len(zero) == _tensor_count(node) and not any(_is_nonzero(a) for a in node.args[:2])
+
+
+def _where(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    return all(branch in zero or branch == 0 for branch in node.args[1:3])
+
+
+def _pad(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    return node.args[0] in zero and not any(_is_nonzero(a) for a in node.args[2:])
+
+
+def _power(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    """``x ** 2``, not ``2 ** x``, and not ``x ** y``, which is 1 where both are 0."""
+    return node.args[0] in zero and isinstance(node.args[1], (int, float)) and node.args[1] > 0
+
+
+def _layer(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    bias = bias_of(node)
+    return weight_of(node) in zero and (not isinstance(bias, Node) or bias in zero)
+
+
+def _norm(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+    name = base_name(node)
+    weight, bias = _NORMS[name]
+    scale = arg(node, weight, "weight")
+    shift = None if bias is None else arg(node, bias, "bias")
+    if isinstance(scale, Node) and scale in zero:
+        return not isinstance(shift, Node) or shift in zero
+    return name == "rms_norm" and node.args[0] in zero
+
+
+_ZERO_FILLS = frozenset({"zeros", "new_zeros", "zeros_like"})
+_TESTS: dict[str, _Test] = {
+    **dict.fromkeys((*_STRUCTURE, *ZERO_PRESERVING, *RECURRENT, "getitem"), _all),
+    **dict.fromkeys(("add", "sub", "rsub"), _sum),
+    **dict.fromkeys("mul multiply matmul mm bmm mv einsum outer ger __and__ logical_and bitwise_and".split(), _any),
+    **dict.fromkeys(("div", "true_divide", "divide", "embedding"), _first),
+    "where": _where,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    "copy": _second,
+    "pow": _power,
+    **dict.fromkeys((name for name, layer in LAYERS.items() if layer.bias == (2, "bias")), _layer),
+    **dict.fromkeys(_NORMS, _norm),
+    "scaled_dot_product_attention": _third,
+}
 
 
 def _overwritten(nodes: Iterable[Node]) -> set[Node]:
@@ -157,9 +184,3 @@ def _tensor_count(node: Node) -> int:
 
 def _is_nonzero(value: object) -> bool:
     return isinstance(value, (int, float)) and value != 0
-
-
-def _name(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[1] if schema is not None else getattr(node.target, "__name__", "")
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from .axes import CONCAT, LEAF, Axis, factors, find, leaves, pieces
 from .exactness import Zeros
+from .operators import base_name, is_convolution, weight_of
 from .rules import Analysis
 from .rules.base import Constraint
 
@@ -119,8 +120,8 @@ def coupling_groups(an: Analysis, gm: GraphModule, tensors: Sequence[TensorDims]
     conv = {
         find(leaf)
         for node in an.dims
-        if _is_convolution(node)
-        for axis in an.of(_weight(node))
+        if is_convolution(node)
+        for axis in an.of(weight_of(node))
         for leaf in leaves(axis)
     }
     for name, dims, trainable in tensors:
@@ -129,12 +130,7 @@ def coupling_groups(an: Analysis, gm: GraphModule, tensors: Sequence[TensorDims]
                 if leaf.frozen is None:
                     members.setdefault(leaf, []).append(Member(name, dim, trainable, axis, leaf))
     members = {leaf: found for leaf, found in members.items() if any(m.trainable for m in found)}
-    softmaxed = {leaf for axis in an.softmaxes for leaf in leaves(axis)}
-    roles = _by_leaf(
-        (role.axis, role.name)
-        for role in an.roles
-        if not role.witnesses or any(leaf in softmaxed for witness in role.witnesses for leaf in leaves(witness))
-    )
+    roles = _by_leaf(an.attention_roles())
     because = _statistics(an, gm, members)
     constraints = _by_leaf((c.axis, c) for c in an.constraints)
     names: dict[str, int] = {}
@@ -158,15 +154,6 @@ def coupling_groups(an: Analysis, gm: GraphModule, tensors: Sequence[TensorDims]
             )
         )
     return tuple(out)
-
-
-def _is_convolution(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.name.startswith(("aten::conv", "aten::_conv"))
-
-
-def _weight(node: Node) -> object:
-    return node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
 
 
 def _by_leaf(pairs: Iterable[tuple[Axis, Any]]) -> dict[Axis, list[Any]]:
@@ -218,10 +205,10 @@ def _statistics(an: Analysis, gm: GraphModule, members: dict[Axis, list[Member]]
 
 def _summed(node: Node) -> list[Node]:
     """Return the operands of a sum or contraction."""
-    name = str(node.target)
-    if "scaled_dot_product" in name:
+    name = base_name(node)
+    if name == "scaled_dot_product_attention":
         return [n for n in node.args[:2] if isinstance(n, Node)]
-    if "addmm" in name or "baddbmm" in name:
+    if name in ("addmm", "baddbmm"):
         return [n for n in node.args[1:3] if isinstance(n, Node)]
     return list(node.all_input_nodes)
 

@@ -11,13 +11,13 @@ Paper: DepGraph: Towards Any Structural Pruning (arXiv 2301.12900), section 3.
 
 from __future__ import annotations
 
-from typing import Any
-
 import networkx as nx
 from torch.fx import Node
 
 from .axes import Axis, leaves
-from .depgraph import DepGraph, tensors_of
+from .depgraph import DepGraph
+from .operators import RECURRENT, base_name, layer_of
+from .rules import Analysis
 from .rules.base import is_tensor
 
 INTER, INTRA = "inter-layer", "intra-layer"
@@ -31,14 +31,14 @@ def layer_dependencies(graph: DepGraph) -> nx.Graph:
     """
     carried = _carried(graph)
     relation = nx.Graph()
-    dims = graph.analysis.dims
+    an = graph.analysis
     sides: dict[Node, tuple[set[Axis], set[Axis]]] = {}
     for node in graph.program.nodes:
-        if node.op != "call_function" or (node in graph.analysis.weights and not _is_embedding(node)):
+        if node.op != "call_function" or (node in an.weights and not _is_embedding(node)):
             continue
         inputs = [n for n in node.all_input_nodes if n in sides or n.op == "placeholder"]
-        into = {leaf for n in inputs for leaf in _leaves(dims.get(n)) if leaf in carried}
-        out = {leaf for leaf in _leaves(dims.get(node)) if leaf in carried}
+        into = {leaf for n in inputs for leaf in _leaves(an, n) if leaf in carried}
+        out = {leaf for leaf in _leaves(an, node) if leaf in carried}
         sides[node] = (into, out)
         weight = _weight_name(node)
         for side in ("in", "out"):
@@ -66,33 +66,30 @@ def layer_groups(graph: DepGraph) -> list[frozenset[tuple[str, str]]]:
     return groups
 
 
-# Operators whose weight makes features of features. A position table also is a parameter, but its tokens are no layer's.
-_LAYERS = ("linear", "addmm", "matmul", "embedding", "conv", "_conv", "lstm", "gru", "rnn")
-
-
 def _carried(graph: DepGraph) -> set[Axis]:
-    """Return the leaves of the feature dimensions of layer weights, removable or not."""
+    """Return the leaves of the feature dimensions of layer weights, removable or not.
+
+    A position table also is a parameter, but its tokens are no layer's.
+    """
     an = graph.analysis
     out: set[Axis] = set()
     for node in an.dims:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.name.removeprefix("aten::").startswith(_LAYERS):
-            continue
         if _is_embedding(node):
             features = an.of(node.args[0])[1:]  # positions that are looked up may be constants too, and are no features
-        else:
+        elif layer_of(node) is not None or base_name(node) in RECURRENT:
             features = [axis for n in node.all_input_nodes if n in an.weights for axis in an.of(n)[:2]]
+        else:
+            continue
         out.update(leaf for axis in features for leaf in leaves(axis))
     return out
 
 
 def _is_embedding(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.name == "aten::embedding"
+    return base_name(node) == "embedding"
 
 
-def _leaves(value: Any) -> set[Axis]:
-    return {leaf for dims in tensors_of(value) for axis in dims for leaf in leaves(axis) if leaf.size != 1}
+def _leaves(an: Analysis, node: Node) -> set[Axis]:
+    return {leaf for dims in an.tensors(node) for axis in dims for leaf in leaves(axis) if leaf.size != 1}
 
 
 def _weight_name(node: Node) -> str | None:
@@ -102,5 +99,5 @@ def _weight_name(node: Node) -> str | None:
 
 
 def _is_producer(graph: DepGraph, name: str) -> bool:
-    dims = next((dims for known, dims, _ in graph._tensor_dims if known == name), ())
+    dims = next((dims for known, dims, _ in graph.tensors if known == name), ())
     return len(dims) > 1

@@ -92,7 +92,7 @@ def _on_kept(rz: Resizer, node: Node, env: Mapping[Node, Any]) -> Any:
     twin = scratch.node_copy(node, lambda n: twins[n])
     rule = rule_for(node.target)
     if rule is not None and rule.resize is not None:
-        rule.resize(_Twin(rz, {twin: node, **{t: s for s, t in twins.items()}}), twin)
+        rule.resize(rz.on_copy({twin: node, **{t: s for s, t in twins.items()}}), twin)
     small = {twins[source]: _select(env[source], rz, rz.of(source)) for source in twins}
     args, kwargs = map_arg((twin.args, twin.kwargs), lambda n: small[n])
     result = twin.target(*args, **kwargs)  # type: ignore[operator]
@@ -100,15 +100,6 @@ def _on_kept(rz: Resizer, node: Node, env: Mapping[Node, Any]) -> Any:
     if isinstance(result, (tuple, list)):
         return tuple(_scatter(r, rz, d) for r, d in zip(result, dims, strict=True))
     return _scatter(result, rz, dims)
-
-
-class _Twin(Resizer):
-    def __init__(self, rz: Resizer, original: Mapping[Node, Node]) -> None:
-        super().__init__(rz.analysis, rz._kept)
-        self._original = original
-
-    def of(self, arg: object) -> tuple[Axis, ...]:
-        return super().of(self._original.get(arg, arg))  # type: ignore[arg-type]
 
 
 def _select(value: Any, rz: Resizer, dims: tuple[Axis, ...]) -> Any:

@@ -164,7 +164,7 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
     work = program.copy()
     new_of = dict(zip(old.graph.nodes, work.graph_module.graph.nodes, strict=True))
     tensors = _cut_tensors(graph, rz, work)
-    on_copy = _OnCopy(rz, new_of)
+    on_copy = rz.on_copy({twin: node for node, twin in new_of.items()})
     for node, twin in new_of.items():
         if node.op == "call_function":
             rule = rule_for(node.target)
@@ -207,18 +207,6 @@ def reconcile(graph: DepGraph, keep: Mapping[str, Any]) -> tuple[dict[str, Any],
             f"with the other removals {left} channels would be left for {broken.groups} groups of %{broken.node.name}"
         )
         del allowed[name]
-
-
-class _OnCopy(Resizer):
-    """A resizer for the copied graph: the axes are those of the original nodes."""
-
-    def __init__(self, rz: Resizer, new_of: Mapping[Node, Node]) -> None:
-        super().__init__(rz.analysis, rz._kept)
-        self._memo = rz._memo
-        self._old_of = {twin: node for node, twin in new_of.items()}
-
-    def of(self, arg: object) -> tuple[Axis, ...]:
-        return super().of(self._old_of.get(arg, arg))
 
 
 def _cut_tensors(graph: DepGraph, rz: Resizer, work: Program) -> dict[str, dict[int, TensorCut]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.groups import CouplingGroup, Member
+from ..graph.operators import arg, base_name, layer_of, weight_of
 from ..graph.program import Program
 from .slices import gathered, power_sums, slice_rows, slice_sums, wide
 
@@ -148,37 +149,21 @@ def layer_outputs(program: Program) -> frozenset[tuple[str, int]]:
     """
     found = set()
     names = _first_names(program)
-    for node, name in _calls(program):
-        for index, dim in _WEIGHTS.get(name, {}).items():
-            weight = node.args[index] if len(node.args) > index else None
-            if not isinstance(weight, Node) or weight.op != "get_attr" or weight.meta["val"].dim() < 2:
-                continue
-            if name == "convolution" and node.args[6]:
-                dim = 1
-            found.add((names[str(weight.target)], dim % weight.meta["val"].dim()))
+    for node in program.nodes:
+        layer, weight = layer_of(node), weight_of(node)
+        if layer is None or not isinstance(weight, Node) or weight.op != "get_attr":
+            continue
+        rank = weight.meta["val"].dim()
+        if rank >= 2:
+            found.add((names[str(weight.target)], layer.outputs % rank))
     return frozenset(found)
 
 
 def batch_norm_scales(program: Program) -> frozenset[str]:
     """Return the names of the weights of all batch norms."""
-    norms = (node for node, name in _calls(program) if name.endswith("batch_norm") and len(node.args) > 1)
-    weights = (node.args[1] for node in norms)
+    weights = (arg(node, 1, "weight") for node in program.nodes if base_name(node).endswith("batch_norm"))
     names = _first_names(program)
     return frozenset(names[str(w.target)] for w in weights if isinstance(w, Node) and w.op == "get_attr")
-
-
-# Operator name to position of the weight among its arguments to the dimension that the result's features come from.
-_WEIGHTS: dict[str, dict[int, int]] = {
-    **{name: {1: 0} for name in ("linear", "conv1d", "conv2d", "conv3d", "convolution")},
-    **{name: {1: 1} for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")},
-    **{name: {1: -1} for name in ("matmul", "mm")},
-    "addmm": {2: -1},
-}
-
-
-def _calls(program: Program) -> list[tuple[Node, str]]:
-    calls = (n for n in program.nodes if n.op == "call_function" and hasattr(n.target, "_schema"))
-    return [(n, n.target._schema.name.removeprefix("aten::")) for n in calls]  # pyright: ignore
 
 
 def _first_names(program: Program) -> dict[str, str]:

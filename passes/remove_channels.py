@@ -29,7 +29,6 @@ from .ranking import Limits, global_widths, legal_width, local_widths, select
 from .reductions import NORMALISERS, REDUCTIONS
 
 SCOPES = ("local", "global")
-WIDTH_KINDS = ("channel", "hidden")
 HEAD_KINDS = ("head", "head group")
 HEAD_DIM_KINDS = ("head dim", "value dim")
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..operators import operator_name
 from . import (
     attention,
     convolution,
@@ -93,11 +94,8 @@ def _look_up(target: Any) -> AxesRule | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     if target.namespace != "aten":
-        return linear.FOREIGN.get(target._schema.name)
-    name = target._schema.name.split("::")[1]
-    if name not in ATEN and name.endswith("_") and not name.endswith("__"):
-        name = name[:-1]
-    rule = _BY_OVERLOAD.get(str(target)) or ATEN.get(name)
+        return linear.FOREIGN.get(operator_name(target))
+    rule = _BY_OVERLOAD.get(str(target)) or ATEN.get(operator_name(target))
     if rule is None and torch.Tag.pointwise in target.tags:
         rule = _POINTWISE
     return rule and AxesRule(_positional(rule.axes), rule.resize)

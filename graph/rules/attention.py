@@ -6,7 +6,6 @@ import math
 
 from torch.fx import Node
 
-from ..axes import Size
 from .base import Analysis, AxesRule, Dims, Resizer, arg, out_sizes
 
 
@@ -44,7 +43,7 @@ def resize_attention(rz: Resizer, node: Node) -> None:
     """The scale stays that of the original head dimension: dropping a zero dimension must change nothing."""
     width = rz.of(node.args[0])[-1]
     if rz.changed(width) and node.kwargs.get("scale") is None:
-        node.update_kwarg("scale", 1 / math.sqrt(_int(width.size)))
+        node.update_kwarg("scale", 1 / math.sqrt(int(width.size)))
 
 
 def softmax(an: Analysis, node: Node) -> Dims:
@@ -54,10 +53,6 @@ def softmax(an: Analysis, node: Node) -> Dims:
     an.softmaxes.append(axis)
     an.freeze(axis, "softmax over it")
     return x
-
-
-def _int(size: Size) -> int:
-    return int(size)
 
 
 RULES: dict[str, AxesRule] = {

@@ -7,7 +7,7 @@ by `graphwright.graph.resize`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..axes import CONCAT, Axes, Axis, Size, factors, find, pieces
+from ..axes import CONCAT, Axes, Axis, Size, factors, find, leaves, pieces
+from ..operators import arg as arg
+from ..operators import base_name
+from ..operators import set_arg as set_arg
 
 Dims = tuple[Axis, ...]
-_MOVES = frozenset(
-    f"aten::{name}" for name in "view reshape transpose t mT permute slice select unsqueeze squeeze".split()
-)
+_MOVES = frozenset("view reshape transpose t mT permute slice select unsqueeze squeeze".split())
 
 # The dims of a node's value: one tensor's, a tuple of those for several outputs, None for what is no tensor.
 Value = Any
@@ -96,6 +97,10 @@ class Analysis(Axes):
             return value if value is not None else ()
         return ()
 
+    def tensors(self, node: Node) -> list[Dims]:
+        """Return the dims of every tensor in the value of ``node``: one, several for several outputs, or none."""
+        return list(_tensors(self.dims.get(node)))
+
     def fresh(self, tensor: Tensor, frozen: str | None = None) -> Dims:
         """Make new leaves for a tensor of this shape."""
         return tuple(self.leaf(size, frozen) for size in sizes(tensor))
@@ -117,6 +122,15 @@ class Analysis(Axes):
         """
         self.roles.append(Role(axis, name, witnesses))
 
+    def attention_roles(self) -> list[tuple[Axis, str]]:
+        """Return the axes that are something to an attention, and what: roles whose witness a softmax runs over."""
+        softmaxed = {leaf for axis in self.softmaxes for leaf in leaves(axis)}
+        return [
+            (role.axis, role.name)
+            for role in self.roles
+            if not role.witnesses or any(leaf in softmaxed for axis in role.witnesses for leaf in leaves(axis))
+        ]
+
     def divisible(self, axis: Axis, groups: int) -> None:
         """Constrain the kept size of ``axis`` to multiples of ``groups``."""
         assert self.node is not None
@@ -129,7 +143,7 @@ class Analysis(Axes):
 
     def is_masked(self, arg: object) -> bool:
         """Whether ``arg`` is a parameter with its entries at most moved about, so that masking makes it zero."""
-        while isinstance(arg, Node) and getattr(getattr(arg.target, "_schema", None), "name", "") in _MOVES:
+        while isinstance(arg, Node) and base_name(arg) in _MOVES:
             arg = arg.args[0]
         return isinstance(arg, Node) and arg in self.parameters
 
@@ -160,10 +174,17 @@ class Resizer:
         self.analysis = analysis
         self._kept = kept
         self._memo: dict[Axis, np.ndarray | None] = {}
+        self._original: Mapping[Node, Node] = {}
+
+    def on_copy(self, original: Mapping[Node, Node]) -> Resizer:
+        """Return a resizer for nodes of another graph that stand for nodes of the analysed one, by ``original``."""
+        twin = Resizer(self.analysis, self._kept)
+        twin._memo, twin._original = self._memo, original
+        return twin
 
     def of(self, arg: object) -> Dims:
         """Return the dims of a tensor-valued argument before the removal."""
-        return self.analysis.of(arg)
+        return self.analysis.of(self._original.get(arg, arg) if isinstance(arg, Node) else arg)
 
     def kept(self, axis: Axis) -> np.ndarray | None:
         """Return the kept indices of ``axis``; None when all stay."""
@@ -208,24 +229,14 @@ class Resizer:
         return out
 
 
-def axis_index(dim: int, rank: int) -> int:
-    """Return a non-negative dimension."""
-    return dim % rank if rank else 0
-
-
-def arg(node: Node, index: int, name: str, default: Any = None) -> Any:
-    """Return an argument given by position or by name."""
-    if len(node.args) > index:
-        return node.args[index]
-    return node.kwargs.get(name, default)
-
-
-def set_arg(node: Node, index: int, name: str, value: Any) -> None:
-    """Set an argument that was given by position or by name."""
-    if len(node.args) > index:
-        node.update_arg(index, value)
-    else:
-        node.update_kwarg(name, value)
+def _tensors(value: Value) -> Iterator[Dims]:
+    if value is None:
+        return
+    if isinstance(value, tuple) and (not value or isinstance(value[0], Axis)):
+        yield value
+        return
+    for item in value:
+        yield from _tensors(item)
 
 
 def out_sizes(node: Node) -> tuple[Size, ...]:

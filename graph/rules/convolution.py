@@ -5,33 +5,12 @@ from __future__ import annotations
 from torch.fx import Node
 
 from ..axes import Axis
-from .base import Analysis, AxesRule, Dims, Resizer, arg, out_sizes, set_arg
+from ..operators import arg, base_name, groups_of, is_transposed, set_groups, weight_of
+from .base import Analysis, AxesRule, Dims, Resizer, out_sizes
 
 SPATIAL = "spatial size"
 KERNEL = "kernel size"
 DYNAMIC_GROUPS = "a convolution with a dynamic number of groups"
-
-
-class _Positions:
-    """Where an operator's groups and transposition are among its arguments."""
-
-    GROUPS = {"convolution": 8, "conv_transpose": 6, "conv": 6}
-
-    @staticmethod
-    def kind(node: Node) -> str:
-        name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-        if name in ("convolution", "_convolution", "convolution_overrideable"):
-            return "convolution"
-        return "conv_transpose" if name.startswith("conv_transpose") else "conv"
-
-    @classmethod
-    def groups(cls, node: Node) -> int:
-        return arg(node, cls.GROUPS[cls.kind(node)], "groups", 1)
-
-    @classmethod
-    def transposed(cls, node: Node) -> bool:
-        kind = cls.kind(node)
-        return kind == "conv_transpose" or (kind == "convolution" and bool(arg(node, 6, "transposed", False)))
 
 
 def _axes_of(an: Analysis, node: Node) -> tuple[Axis, Axis, Dims]:
@@ -40,8 +19,8 @@ def _axes_of(an: Analysis, node: Node) -> tuple[Axis, Axis, Dims]:
     A convolution's weight is ``[g * out, in, k...]``, a transposed one's ``[g * in, out, k...]``: the group axis
     ``g`` is shared by the input channels, the output channels and the weight.
     """
-    weight = an.of(arg(node, 1, "weight"))
-    groups = _Positions.groups(node)
+    weight = an.of(weight_of(node))
+    groups = groups_of(node)
     an.freeze_all(weight[2:], KERNEL)
     if groups == 1:
         pair = (weight[0], weight[1])
@@ -50,7 +29,7 @@ def _axes_of(an: Analysis, node: Node) -> tuple[Axis, Axis, Dims]:
         outer = an.product([group, an.leaf(weight[0].size // groups)])
         an.unify(weight[0], outer)
         pair = (outer, an.product([group, weight[1]]))
-    if _Positions.transposed(node):
+    if is_transposed(node):
         return pair[0], pair[1], weight
     return pair[1], pair[0], weight
 
@@ -58,7 +37,7 @@ def _axes_of(an: Analysis, node: Node) -> tuple[Axis, Axis, Dims]:
 def convolution(an: Analysis, node: Node) -> Dims:
     """``x[batch, in, s...]`` to ``[batch, out, s'...]``; unbatched inputs have no first dimension."""
     x = an.of(arg(node, 0, "input"))
-    if not isinstance(_Positions.groups(node), int):
+    if not isinstance(groups_of(node), int):
         for n in node.all_input_nodes:
             an.freeze_all(an.of(n), DYNAMIC_GROUPS)
         return an.fresh(node.meta["val"], DYNAMIC_GROUPS)
@@ -68,7 +47,7 @@ def convolution(an: Analysis, node: Node) -> Dims:
         an.unify(cout, bias[0])
     lead = len(x) - len(weight) + 1  # 1 with a batch dimension, else 0
     an.unify(x[lead], cin)
-    if not an.is_masked(arg(node, 1, "weight")):
+    if not an.is_masked(weight_of(node)):
         an.sum_over(cin)
     spatial = x[lead + 1 :]
     an.freeze_all(spatial, SPATIAL)
@@ -77,17 +56,17 @@ def convolution(an: Analysis, node: Node) -> Dims:
 
 def resize_convolution(rz: Resizer, node: Node) -> None:
     """``groups`` shrinks when the group axis does."""
-    groups = _Positions.groups(node)
+    groups = groups_of(node)
     if groups == 1:
         return
-    weight = rz.of(arg(node, 1, "weight"))
+    weight = rz.of(weight_of(node))
     # Of the weight's first dimension, Product(group, width), the indices that stay name the groups that stay.
     kept = rz.kept(weight[0])
     if kept is None:
         return
     width = weight[0].size // groups
     left = len(set((kept // width).tolist()))
-    set_arg(node, _Positions.GROUPS[_Positions.kind(node)], "groups", left)
+    set_groups(node, left)
 
 
 def _spatial(an: Analysis, sizes: tuple) -> Dims:
@@ -97,7 +76,7 @@ def _spatial(an: Analysis, sizes: tuple) -> Dims:
 def pool(an: Analysis, node: Node) -> Dims:
     """Pooling and resampling over the trailing dimensions, as many as the operator's name says."""
     x = an.of(node.args[0])
-    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    name = base_name(node)
     rank = next(int(c) for c in name[::-1] if c.isdigit()) if any(c.isdigit() for c in name) else len(x) - 2
     an.freeze_all(x[-rank:], SPATIAL)
     outputs = node.meta["val"]

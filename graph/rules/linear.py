@@ -10,8 +10,6 @@ from torch.fx import Node
 from ..axes import Axis
 from .base import Analysis, AxesRule, Dims, arg, out_sizes
 
-SUMMED_ACTIVATIONS = "contraction of two activations"
-
 
 def linear(an: Analysis, node: Node) -> Dims:
     """``x[..., i] weight[o, i] bias[o]``."""

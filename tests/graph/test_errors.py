@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+
 from graphwright.graph import errors
 from graphwright.graph.errors import first_line, unknown
 

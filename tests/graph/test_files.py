@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from graphwright.graph.files import sha256, staged_directory, staged_file, staged_files
 
 
