@@ -22,7 +22,7 @@ def vit() -> Subject:
     """ViT-B/16, 224 px."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    model = ViTForImageClassification(ViTConfig(num_labels=1000))
+    model = ViTForImageClassification(ViTConfig(num_labels=1000))  # pyright: ignore[reportCallIssue]
     return Subject(model.eval(), {"pixel_values": torch.randn(1, 3, 224, 224)}, 12, ("classifier",))
 
 
@@ -30,7 +30,7 @@ def convnext() -> Subject:
     """ConvNeXt-T, 224 px."""
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    model = ConvNextForImageClassification(ConvNextConfig(num_labels=1000))
+    model = ConvNextForImageClassification(ConvNextConfig(num_labels=1000))  # pyright: ignore[reportCallIssue]
     return Subject(model.eval(), {"pixel_values": torch.randn(1, 3, 224, 224)}, 0, ("classifier",))
 
 
@@ -38,7 +38,7 @@ def resnet() -> Subject:
     """ResNet-50, 224 px."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    model = ResNetForImageClassification(ResNetConfig(num_labels=1000))
+    model = ResNetForImageClassification(ResNetConfig(num_labels=1000))  # pyright: ignore[reportCallIssue]
     return Subject(model.eval(), {"pixel_values": torch.randn(1, 3, 224, 224)}, 0, ("classifier.1",))
 
 

@@ -105,17 +105,15 @@ def warm() -> Subject:
 def bench(subjects: Iterable[tuple[str, Callable[[], Subject]]], repeats: int, file: Path | None) -> dict[str, Row]:
     """Measure and print one row an architecture as soon as it is there; write all so far to ``file`` as JSON."""
     rows: dict[str, Row] = {}
-    with one_thread(), TemporaryDirectory() as folder:
+    with one_thread(), torch.random.fork_rng(devices=[]), TemporaryDirectory() as folder:
         # What the first capture and the first pruner of a process import is not what is compared.
         measure(warm(), 1, Path(folder))
         about = environment("torch-pruning", "transformers", "diffusers")
         print(f"{sentence(about)}; median of {repeats}")
         print(f"{'model':14}" + "".join(f"{header:>{width}}" for header, width, _ in COLUMNS), flush=True)
         for name, build in subjects:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                subject = build()
-            rows[name] = measure(subject, repeats, Path(folder))
+            torch.manual_seed(0)
+            rows[name] = measure(build(), repeats, Path(folder))
             print(f"{name:14}" + "".join(f"{show(rows[name]):>{width}}" for _, width, show in COLUMNS), flush=True)
             if file is not None:
                 write_atomic(
