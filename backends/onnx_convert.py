@@ -111,13 +111,22 @@ def _conversion_failure(err: BaseException, exported: ExportedProgram) -> str:
         steps.append(summary(cause))
         cause = cause.__cause__
     told = " <- ".join(dict.fromkeys(steps[1:] or steps))
+    advice = "replace the operator in the model, or register a translation with torch.onnx"
     found = re.search(r"translating node %(\w+)", told)
-    nodes = {node.name: node for node in exported.graph.nodes}
-    place = f"\n  at {where(nodes[found[1]])}" if found and found[1] in nodes else ""
-    return (
-        f"torch.onnx has no ONNX form for this program: {told}{place}\n"
-        "replace the operator in the model, or register a translation with torch.onnx"
-    )
+    node = _find_node(exported, found[1]) if found else None
+    if node is None:
+        return f"torch.onnx has no ONNX form for this program: {told}\n{advice}"
+    # The chain ends with the cause; its first step only repeats the node.
+    reason = "" if steps[-1].startswith("No ONNX function found") else f": {steps[-1]}"
+    return f"torch.onnx has no ONNX form for {node.target}{reason}\n  at {where(node)}\n{advice}"
+
+
+def _find_node(exported: ExportedProgram, name: str) -> torch.fx.Node | None:
+    """Return the node of this name, which may be one of those that the exporter decomposes others into."""
+    with _quiet():
+        decomposed = exported.run_decompositions()
+    graphs = (exported.graph, decomposed.graph)
+    return next((node for graph in graphs for node in graph.nodes if node.name == name), None)
 
 
 @contextmanager

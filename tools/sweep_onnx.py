@@ -51,7 +51,8 @@ class OnnxRow:
         reason: Why it is not ok, in one line.
         opset: ONNX operator set of the file.
         batch: ``dynamic`` or ``static``.
-        error: Largest difference at the example's shape, relative to the largest magnitude of the output.
+        error: Largest difference at the example's shape, relative to the largest magnitude of the output; None
+            without a comparison.
         error_second: The same at a second shape; of a static capture at other values of the same shape.
         parameters_before: Elements of the program's tensors before the removal.
         parameters_after: And after it.
@@ -65,8 +66,8 @@ class OnnxRow:
     reason: str = ""
     opset: int = 0
     batch: str = ""
-    error: float = math.nan
-    error_second: float = math.nan
+    error: float | None = None
+    error_second: float | None = None
     parameters_before: int = 0
     parameters_after: int = 0
     groups: int = 0
@@ -119,7 +120,7 @@ def _export(row: OnnxRow, program: Program, case: Case) -> None:
         artifact = export_onnx(program, folder, providers=["cpu"], tolerance=math.inf, check_inputs=second)
         row.opset = artifact.opset
         row.error, row.error_second = _errors(artifact, row.batch)
-    worst = max(row.error, row.error_second)
+        worst = max(row.error, row.error_second)
     largest = max((float(v.abs().max()) for v in outputs_of(program, case) if v.numel()), default=0.0)
     if largest < 1e-8:
         row.status, row.reason = "wrong", "the output is near zero, so that comparing shows nothing"
@@ -189,10 +190,10 @@ def line_of(row: OnnxRow) -> str:
     """Return a row as one line of text."""
     if row.status == "skipped":
         return f"{row.name:40} skipped: {row.reason}"
+    errors = "".join(f"{'-' if e is None else format(e, '.1e'):>9}" for e in (row.error, row.error_second))
     share = row.parameters_after / row.parameters_before if row.parameters_before else 1.0
     return (
-        f"{row.name:40} {row.status:8}{row.opset:6} {row.batch:8}{row.error:9.1e}{row.error_second:9.1e}"
-        f"{share:6.0%}{row.seconds:7.1f}  {row.reason}"
+        f"{row.name:40} {row.status:8}{row.opset:6} {row.batch:8}{errors}{share:6.0%}{row.seconds:7.1f}  {row.reason}"
     ).rstrip()
 
 

@@ -249,6 +249,19 @@ def test_operator_without_onnx_form_is_named_with_its_place(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_part_of_an_operator_without_onnx_form_is_named_with_its_place(tmp_path: Path) -> None:
+    class Spectrum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.eigvalsh(x.mT @ x)
+
+    # The exporter takes eigvalsh for a part of eigh, which the captured graph does not name.
+    with pytest.raises(ExportError) as caught:
+        export_onnx(capture(Spectrum(), (torch.randn(2, 3, 4),)), tmp_path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "torch.onnx has no ONNX form for aten._linalg_eigh.default"
+    assert "test_onnx_export.py" in lines[1] and lines[2].startswith("replace the operator")
+
+
 def test_bfloat16_is_refused_with_advice(tmp_path: Path) -> None:
     program = capture(nn.Linear(4, 3).bfloat16(), (torch.randn(2, 4).bfloat16(),))
     with pytest.raises(ExportError, match="does not load: .*convert the model to float32"):
