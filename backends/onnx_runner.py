@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..graph.errors import InputError
+from ..graph.program import check_labels
 from .artifacts import read_manifest
 from .onnx_runtime import CUDA, SHORT_NAMES, TENSORRT, open_session
 
@@ -138,21 +139,12 @@ class OnnxRunner:
         return value.detach().contiguous()
 
     def _check_shapes(self, inputs: Mapping[str, Tensor]) -> None:
-        sizes: dict[str, tuple[int, str]] = {}
         for entry in self.manifest["inputs"]:
             name, want = entry["name"], entry["shape"]
             got = list(inputs[name].shape)
             if len(want) != len(got) or any(isinstance(w, int) and w != g for w, g in zip(want, got, strict=True)):
                 raise InputError(f"input '{name}' must have shape [{', '.join(map(str, want))}], got {got}")
-            for label, size in zip(want, got, strict=True):
-                if isinstance(label, int):
-                    continue
-                known, first = sizes.setdefault(label, (size, name))
-                if known != size:
-                    raise InputError(
-                        f"dimension '{label}' is {known} in input '{first}' and {size} in input '{name}'; "
-                        "it must be the same"
-                    )
+        check_labels((e["name"], e["shape"], inputs[e["name"]].shape) for e in self.manifest["inputs"])
 
     def _run_bound(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         binding = self.session.io_binding()

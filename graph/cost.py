@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from .errors import module_path
 from .operators import LAYERS, RECURRENT, arg, base_name, is_transposed, weight_of
-from .program import Program
+from .program import Program, distinct
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,11 @@ def cost(program: Program) -> Cost:
         if macs or size:
             product = macs > 0 and not any(n in weights for n in node.all_input_nodes)
             found.append(NodeCost(node.name, module_path(node)[0], str(node.target), macs, product, size))
-    distinct = {id(p): p for p in program.parameters().values()}.values()
     return Cost(
         sum(n.macs for n in found if not n.product),
         sum(n.macs for n in found if n.product),
-        sum(p.numel() for p in distinct),
-        sum(p.numel() * p.element_size() for p in distinct),
+        parameter_count(program),
+        sum(p.nbytes for p in distinct(program.parameters().values())),
         sum(n.bytes for n in found),
         tuple(found),
     )
@@ -174,9 +173,10 @@ _COUNTERS: dict[str, Callable[[Node], int]] = {
 }
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Return the number of elements of a module's distinct parameters."""
-    return sum(p.numel() for p in {id(p): p for p in module.parameters()}.values())
+def parameter_count(of: Program | nn.Module) -> int:
+    """Return the number of elements of the distinct parameters of a program or module; tied ones count once."""
+    parameters = of.parameters().values() if isinstance(of, Program) else of.parameters()
+    return sum(p.numel() for p in distinct(parameters))
 
 
 __all__ = ["Cost", "NodeCost", "cost", "example_shape", "parameter_count"]

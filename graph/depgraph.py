@@ -20,7 +20,7 @@ from . import keys
 from .axes import Axis, find, leaves
 from .errors import PreconditionError, module_path, unknown, where
 from .groups import CouplingGroup, TensorDims, coupling_groups
-from .program import Program, get_tensor
+from .program import Program, get_tensor, tensor_identity
 from .rules import Analysis, rule_for
 from .rules.base import is_tensor
 
@@ -161,7 +161,7 @@ def analyse(program: Program) -> Analysis:
                 an.dims[node] = None
                 continue
             # Two names of one tensor (tied weights) are one tensor.
-            key = _identity(tensor)
+            key = tensor_identity(tensor)
             if key not in shared:
                 shared[key] = an.fresh(tensor, None if key in read else UNREAD)
             if isinstance(tensor, nn.Parameter):
@@ -184,14 +184,7 @@ def _read(program: Program) -> set[Any]:
     """Return the identities of the tensors that some operator reads, under any of their names."""
     attributes = (n for n in program.nodes if n.op == "get_attr" and n.users)
     tensors = (get_tensor(program.graph_module, str(n.target)) for n in attributes)
-    return {_identity(t) for t in tensors if t is not None}
-
-
-def _identity(tensor: Tensor) -> Any:
-    if tensor.is_meta or tensor.numel() == 0:
-        return id(tensor)
-    storage = tensor.untyped_storage().data_ptr()
-    return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()) if storage else id(tensor)
+    return {tensor_identity(t) for t in tensors if t is not None}
 
 
 def _call(an: Analysis, node: Node) -> Any:
@@ -229,9 +222,9 @@ def _tensor_dims(program: Program, an: Analysis) -> list[TensorDims]:
         if node.op != "get_attr":
             continue
         tensor = get_tensor(program.graph_module, str(node.target))
-        if tensor is None or _identity(tensor) in seen:
+        if tensor is None or tensor_identity(tensor) in seen:
             continue
-        seen.add(_identity(tensor))
+        seen.add(tensor_identity(tensor))
         out.append((str(node.target), an.dims[node], isinstance(tensor, nn.Parameter)))
     return out
 
@@ -252,10 +245,15 @@ def check_keep(graph: DepGraph, keep: dict[str, Any]) -> dict[Axis, np.ndarray]:
         if kept.size == 0:
             raise PreconditionError(f"group {name!r} would keep no index; keep at least 1 of {group.size}")
         if (np.diff(kept) <= 0).any():
-            raise PreconditionError(f"the kept indices of group {name!r} must be sorted and without repeats")
+            at = int(np.argmax(np.diff(kept) <= 0))
+            raise PreconditionError(
+                f"the kept indices of group {name!r} must be sorted and without repeats, "
+                f"got {kept[at]} before {kept[at + 1]}"
+            )
         if kept[0] < 0 or kept[-1] >= group.size:
             raise PreconditionError(
-                f"kept indices of group {name!r} must be in [0, {group.size}), got {kept[0]} to {kept[-1]}"
+                f"kept indices of group {name!r} must be in [0, {group.size}), got {kept[0]} to {kept[-1]}; "
+                "they are indices of the program as it is now"
             )
         if kept.size < group.size:
             out[find(group.axis)] = kept

@@ -71,6 +71,11 @@ class CouplingGroup:
     axis: Axis
 
     @property
+    def exact(self) -> bool:
+        """Whether removing indices equals masking them to zero (else a statistic over the axis changes)."""
+        return self.exactness == "exact"
+
+    @property
     def parameters(self) -> tuple[Member, ...]:
         """The members that are trained."""
         return tuple(m for m in self.members if m.trainable)

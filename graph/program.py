@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .errors import InputError
+from .guards import check_guards
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Program:
         example: The inputs of the capture, flattened; on the ``meta`` device when the model was.
         name: Class name of the captured module.
         notes: What capture decided that the caller may want to know, one sentence each.
+        guards: Conditions on the sizes of inputs under which the code takes the branches that were captured, in the
+            form of `graphwright.graph.guards`; checked at every call.
     """
 
     graph_module: GraphModule
@@ -86,6 +90,7 @@ class Program:
     example: tuple[Any, ...]
     name: str = "Program"
     notes: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
     version: int = field(default=0, compare=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,13 +109,17 @@ class Program:
 
     def flatten(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Check the inputs against `inputs` and return them as the graph's placeholders expect them."""
+        self._check_count(args)
         kwargs = self._ordered(kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
-            names = ", ".join(spec.name for spec in self.inputs)
-            raise InputError(f"{self.name} takes the inputs ({names}), got another structure: {spec}")
+            raise InputError(self._other_structure(args, kwargs))
         for leaf, expected in zip(leaves, self.inputs, strict=True):
             expected.check(leaf)
+        check_labels((s.name, s.shape, v.shape) for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor)
+        if self.guards:
+            sizes = {s.name: v.shape for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor}
+            check_guards(self.name, self.guards, sizes)
         return leaves
 
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -140,10 +149,39 @@ class Program:
         return ProgramModule(self)
 
     def changed(self) -> None:
-        """Recompile after a rewrite and drop what was cached for the graph before it."""
-        self.graph_module.graph.lint()
+        """Recompile after a rewrite and drop what was cached for the graph before it; `verify` checks the result."""
         self.graph_module.recompile()
         self.version += 1
+
+    def _arguments(self) -> list[tuple[str, pytree.TreeSpec]]:
+        """Return name and structure of every positional argument, then of every keyword argument."""
+        found, at = [], 0
+        for spec in (child for group in self.in_spec.children() for child in group.children()):
+            name = re.split(r"[.\[]", self.inputs[at].name)[0] if spec.num_leaves else "?"
+            found.append((name, spec))
+            at += spec.num_leaves
+        return found
+
+    def _check_count(self, args: tuple[Any, ...]) -> None:
+        count = len(self.in_spec.children()[0].children())
+        if len(args) == count:
+            return
+        names = [name for name, _ in self._arguments()]
+        by_name = f", and by name ({', '.join(names[count:])})" if names[count:] else ""
+        raise InputError(
+            f"{self.name} was captured with {count} positional inputs ({', '.join(names[:count])}){by_name}, "
+            f"got {len(args)} positional ones; pass the inputs the way they were captured"
+        )
+
+    def _other_structure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        for (name, want), value in zip(self._arguments(), (*args, *kwargs.values()), strict=True):
+            got = pytree.tree_structure(value)
+            if got != want:
+                return (
+                    f"input '{name}' of {self.name} was captured as {_structure(want)}, got {_structure(got)}; pass it "
+                    "like that, or capture the model again with this structure"
+                )
+        raise AssertionError("two structures differ in some argument")
 
     def _ordered(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         # A dict's tree spec remembers the order of its keys; callers may write keywords in any order.
@@ -176,6 +214,55 @@ class ProgramModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"captured from {self.__dict__['program'].name}"
+
+
+def _structure(spec: pytree.TreeSpec) -> str:
+    """Return a tree of inputs in words: ``one value``, ``list(one value, dict a, b (one value, one value))``."""
+    if spec.is_leaf():
+        return "one value"
+    keys = f" {', '.join(map(str, spec.context))} " if spec.type is dict else ""
+    kind = getattr(spec.type, "__name__", str(spec.type))
+    return f"{kind}{keys}({', '.join(map(_structure, spec.children()))})"
+
+
+def check_labels(inputs: Iterable[tuple[str, Sequence[int | str], Sequence[int]]]) -> None:
+    """Raise `InputError` unless dimensions of one label have one size.
+
+    Args:
+        inputs: Of every tensor its name, its captured shape (with labels for dynamic dimensions), and its shape now.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, captured, shape in inputs:
+        for label, size in zip(captured, shape, strict=True):
+            if not isinstance(label, str):
+                continue
+            known, first = sizes.setdefault(label, (size, name))
+            if known != size:
+                raise InputError(
+                    f"dimension '{label}' is {known} in input '{first}' and {size} in input '{name}'; it must be the same"
+                )
+
+
+def tensor_identity(tensor: Tensor) -> Hashable:
+    """Return what two names of one tensor have in common: the elements in memory and how they are read.
+
+    Two `nn.Parameter` objects over one storage are one tensor, with one shape, strides and dtype. Where there is no
+    memory to compare (``meta``, no elements, sparse) it is the object that counts, as long as it lives.
+    """
+    if tensor.is_meta or tensor.numel() == 0 or tensor.layout is not torch.strided:
+        return id(tensor)
+    storage = tensor.untyped_storage().data_ptr()
+    if not storage:
+        return id(tensor)
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj()
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors without repetitions, each the first of those with its `tensor_identity`."""
+    found: dict[Hashable, Tensor] = {}
+    for tensor in tensors:
+        found.setdefault(tensor_identity(tensor), tensor)
+    return list(found.values())
 
 
 def get_tensor(gm: GraphModule, target: str) -> Tensor | None:
@@ -214,11 +301,9 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     next(iter(reversed(graph.nodes))).meta = dict(output.meta)
     copied = GraphModule(gm, graph, class_name=type(gm).__name__)
     # GraphModule copies referenced attributes only and forgets which buffers are not persistent.
+    # It also leaves out modules of which the graph reads nothing.
+    modules = dict(copied.named_modules())
     for name, module in gm.named_modules():
-        if name and module._non_persistent_buffers_set:
-            try:
-                copied.get_submodule(name)._non_persistent_buffers_set |= module._non_persistent_buffers_set
-            except AttributeError:
-                continue
-    copied._non_persistent_buffers_set |= gm._non_persistent_buffers_set
+        if name in modules:
+            modules[name]._non_persistent_buffers_set |= module._non_persistent_buffers_set
     return copied

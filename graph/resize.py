@@ -6,7 +6,7 @@ rule rewrite its literals, re-derives every recorded shape on fake tensors, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,8 +19,8 @@ from torch.fx import Node
 
 from .axes import Axis, factors, find, leaves
 from .depgraph import DepGraph, check_keep, depgraph
-from .errors import PreconditionError
-from .program import Program, get_tensor, set_tensor
+from .errors import PreconditionError, where
+from .program import Program, get_tensor, set_tensor, tensor_identity
 from .rules import Resizer, rule_for
 from .rules.base import is_tensor
 from .verify import fake_mode, fake_tensor, verify
@@ -156,9 +156,12 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
     for constraint in graph.analysis.constraints:
         left = rz.size(constraint.axis)
         if rz.changed(constraint.axis) and left % constraint.groups:
+            involved = set(leaves(constraint.axis))
+            names = [name for name in keep if find(graph[name].axis) in involved]
+            steps = "; ".join(f"{name!r} goes in steps of {graph[name].step}" for name in names)
             raise PreconditionError(
-                f"{left} channels would be left for %{constraint.node.name} = {constraint.node.target}, which normalises them in "
-                f"{constraint.groups} groups; remove a multiple of the group's step"
+                f"{left} channels would be left for {where(constraint.node)}, which takes them in {constraint.groups} "
+                f"equal parts: {steps}; keep widths that fit, as CouplingGroup.legal_keep and reconcile do"
             )
     old = program.graph_module
     work = program.copy()
@@ -211,7 +214,7 @@ def reconcile(graph: DepGraph, keep: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 def _cut_tensors(graph: DepGraph, rz: Resizer, work: Program) -> dict[str, dict[int, TensorCut]]:
     gm = work.graph_module
-    made: dict[int, Tensor] = {}
+    made: dict[Hashable, Tensor] = {}
     cut_of: dict[Axis, TensorCut] = {}
     record: dict[str, dict[int, TensorCut]] = {}
     for node in graph.program.nodes:
@@ -231,11 +234,19 @@ def _cut_tensors(graph: DepGraph, rz: Resizer, work: Program) -> dict[str, dict[
         name = str(node.target)
         tensor = get_tensor(gm, name)
         assert tensor is not None
-        if id(tensor) not in made:
-            made[id(tensor)] = cut_tensor(name, tensor, cuts)
+        key = tensor_identity(tensor)
+        if key not in made:
+            made[key] = cut_tensor(name, tensor, cuts)
         record[name] = cuts
-        set_tensor(gm, name, made[id(tensor)])
+        set_tensor(gm, name, _tied(made[key], tensor))
     return record
+
+
+def _tied(new: Tensor, old: Tensor) -> Tensor:
+    """Return ``new`` for another name of the tensor it was made from: itself, or its memory as what ``old`` is."""
+    if isinstance(new, nn.Parameter) == isinstance(old, nn.Parameter) and new.requires_grad == old.requires_grad:
+        return new
+    return nn.Parameter(new.detach(), old.requires_grad) if isinstance(old, nn.Parameter) else new.detach()
 
 
 def _record_shapes(rz: Resizer, new_of: Mapping[Node, Node], work: Program) -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .encoding import decode
 from .errors import ArtifactError
+from .program import tensor_identity
 from .values import describe
 
 PARAMETER, BUFFER, CONSTANT = "parameter", "buffer", "constant"
@@ -41,7 +42,7 @@ def tensor_records(gm: GraphModule) -> tuple[dict[str, dict[str, Any]], dict[str
         records[name] = {**_role(owner, name.rpartition(".")[2]), **describe(tensor)}
         if tensor.requires_grad:
             records[name]["requires_grad"] = True
-        known = first.setdefault(_identity(tensor), name)
+        known = first.setdefault(tensor_identity(tensor), name)
         if known != name:
             records[name]["alias"] = known
         elif not tensor.is_meta:
@@ -144,13 +145,6 @@ def _role(owner: nn.Module, name: str) -> dict[str, Any]:
     if name not in owner._buffers:
         return {"kind": CONSTANT}
     return {"kind": BUFFER} | ({"persistent": False} if name in owner._non_persistent_buffers_set else {})
-
-
-def _identity(tensor: Tensor) -> Any:
-    """Return what two names of one tensor have in common, a view of the same elements included."""
-    if tensor.is_meta or not tensor.numel():
-        return id(tensor)
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _as_kind(tensor: Tensor, record: Mapping[str, Any]) -> Tensor:

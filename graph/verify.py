@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node, map_arg
 
-from .errors import GraphwrightError, VerificationError
+from .errors import GraphwrightError, VerificationError, first_line
 from .program import Program, get_tensor
 
 
@@ -26,10 +26,7 @@ def verify(program: Program) -> None:
             it is given, or gives another shape or dtype than recorded. Names node, module and source line.
     """
     gm = program.graph_module
-    try:
-        gm.graph.lint()
-    except (RuntimeError, ValueError) as err:
-        raise VerificationError(str(err).splitlines()[0]) from err
+    _check_structure(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(program.inputs):
         raise VerificationError(f"the graph has {len(placeholders)} inputs, the program says {len(program.inputs)}")
@@ -57,6 +54,35 @@ def verify(program: Program) -> None:
                 value = replay.run(node)
             _compare(node, value)
             env[node] = value
+
+
+def _check_structure(gm: GraphModule) -> None:
+    """Check that every node is used after its definition and every attribute exists; the rest is torch's own lint."""
+    defined: set[Node] = set()
+    last = None
+    for node in gm.graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in defined:
+                state = "of another graph" if source.graph is not gm.graph else "defined after it or erased"
+                raise VerificationError(f"it uses %{source.name}, which is {state}", node)
+        if node.op == "get_attr" and not _exists(gm, str(node.target)):
+            raise VerificationError(f"there is no tensor or graph '{node.target}'", node)
+        defined.add(node)
+        last = node
+    if last is None or last.op != "output":
+        raise VerificationError("the graph does not end in an output", last)
+    try:
+        gm.graph.lint()
+    except (RuntimeError, ValueError) as err:
+        raise VerificationError(first_line(err)) from err
+
+
+def _exists(gm: GraphModule, target: str) -> bool:
+    try:
+        operator.attrgetter(target)(gm)
+    except AttributeError:
+        return False
+    return True
 
 
 def fake_mode(gm: GraphModule) -> FakeTensorMode:
@@ -175,8 +201,7 @@ def _run(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
     # A foreign operator may refuse its inputs with any exception; each is a finding about this graph.
     except Exception as err:
         shapes = [list(env[n].shape) for n in node.all_input_nodes if isinstance(env.get(n), Tensor)]
-        message = next(iter(str(err).splitlines()), type(err).__name__)
-        raise VerificationError(f"{message} (argument shapes {shapes})", node) from err
+        raise VerificationError(f"{first_line(err)} (argument shapes {shapes})", node) from err
 
 
 def _compare(node: Node, value: Any) -> None:

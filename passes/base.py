@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, final
 
@@ -15,6 +15,7 @@ from ..graph.errors import GraphwrightError, VerificationError
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord
 from ..graph.verify import verify
+from .text import show
 
 T = TypeVar("T")
 Loss = Callable[[Program, Any], Tensor]
@@ -121,16 +122,8 @@ class Pass(ABC):
         return result
 
     def __str__(self) -> str:
-        """Return ``name{field=value,...}`` with the fields that differ from their defaults."""
-        changed = [f for f in fields(self) if getattr(self, f.name) != _default(f)]
-        options = ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed)
-        return f"{self.name}{{{options}}}" if options else self.name
-
-
-def _default(f: Any) -> Any:
-    if f.default is not MISSING:
-        return f.default
-    return f.default_factory() if f.default_factory is not MISSING else MISSING
+        """Return ``name{option=value, ...}`` with the options that differ from their defaults."""
+        return show(self)
 
 
 def fingerprint(program: Program) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.errors import PreconditionError
-from ..graph.program import Program, set_tensor
+from ..graph.program import Program, distinct, set_tensor, tensor_identity
 from .base import Context
 
 
@@ -40,7 +40,7 @@ def calibrate(program: Program, ctx: Context, squares: bool = False) -> Gradient
     if ctx.loss is None or not ctx.batches:
         raise PreconditionError("a gradient criterion needs calibration: give Context(loss=..., batches=[...])")
     scratch, named = _handles(program)
-    leaves = list({id(p): p for p in named.values()}.values())
+    leaves = distinct(named.values())
     sums: dict[int, Tensor] = {}
     squared: dict[int, Tensor] = {}
     samples = 0
@@ -65,11 +65,11 @@ def calibrate(program: Program, ctx: Context, squares: bool = False) -> Gradient
 def _handles(program: Program) -> tuple[Program, dict[str, nn.Parameter]]:
     """Return a copy of ``program`` with parameters of its own that share the memory, and these by name."""
     scratch = program.copy()
-    handles: dict[int, nn.Parameter] = {}
+    handles: dict[Hashable, nn.Parameter] = {}
     named: dict[str, nn.Parameter] = {}
     for name, parameter in program.parameters().items():
         if parameter.is_floating_point() or parameter.is_complex():
-            named[name] = handles.setdefault(id(parameter), nn.Parameter(parameter.detach()))
+            named[name] = handles.setdefault(tensor_identity(parameter), nn.Parameter(parameter.detach()))
             set_tensor(scratch.graph_module, name, named[name])
     return scratch, named
 

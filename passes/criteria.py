@@ -6,7 +6,7 @@ formulas follow docs/methods/depgraph.md. `importance` puts criteria, reductions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..graph.groups import CouplingGroup, Member
 from ..graph.operators import arg, base_name, layer_of, weight_of
-from ..graph.program import Program
+from ..graph.program import Program, tensor_identity
 from .slices import gathered, power_sums, slice_rows, slice_sums, wide
 
 
@@ -169,10 +169,10 @@ def batch_norm_scales(program: Program) -> frozenset[str]:
 def _first_names(program: Program) -> dict[str, str]:
     """Return for each tensor the name under which the coupling analysis lists it: the first of a tied one."""
     tensors = program.tensors()
-    first: dict[int, str] = {}
+    first: dict[Hashable, str] = {}
     for name, tensor in tensors.items():
-        first.setdefault(id(tensor), name)
-    return {name: first[id(tensor)] for name, tensor in tensors.items()}
+        first.setdefault(tensor_identity(tensor), name)
+    return {name: first[tensor_identity(tensor)] for name, tensor in tensors.items()}
 
 
 __all__ = [

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..graph.program import Program, get_tensor, set_tensor
+from ..graph.program import Program, get_tensor, set_tensor, tensor_identity
+from ..graph.rewriter import Rewriter
 from .base import Context, Pass, PassResult, Skipped
 from .unread import drop_unread
 
@@ -31,6 +32,7 @@ class FoldBatchNorm(Pass):
 
     def rewrite(self, program: Program, ctx: Context) -> PassResult:
         gm = program.graph_module
+        rw = Rewriter(program, self.name)
         folded, skipped = 0, list[Skipped]()
         read_before = set(program.tensors())
         for norm in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
@@ -38,7 +40,7 @@ class FoldBatchNorm(Pass):
             if reason is not None:
                 skipped.append(Skipped(norm.name, reason))
                 continue
-            _fold(gm, norm)
+            _fold(rw, norm)
             folded += 1
         if folded:
             drop_unread(gm, read_before)
@@ -68,11 +70,13 @@ def refusal(gm: GraphModule, norm: Node) -> str | None:
 
 def _uses(gm: GraphModule, weight: Any) -> int:
     """Count the uses of a weight under any of its names."""
-    tensor = get_tensor(gm, weight.target)
-    return sum(len(n.users) for n in gm.graph.find_nodes(op="get_attr") if get_tensor(gm, str(n.target)) is tensor)
+    reads = [(n, get_tensor(gm, str(n.target))) for n in gm.graph.find_nodes(op="get_attr")]
+    same = next(tensor_identity(t) for n, t in reads if n is weight and t is not None)
+    return sum(len(n.users) for n, t in reads if t is not None and tensor_identity(t) == same)
 
 
-def _fold(gm: GraphModule, norm: Node) -> None:
+def _fold(rw: Rewriter, norm: Node) -> None:
+    gm = rw.program.graph_module
     layer = norm.args[0]
     assert isinstance(layer, Node)
     gamma, beta, mean, var = (_tensor(gm, a) for a in norm.args[1:5])
@@ -92,19 +96,15 @@ def _fold(gm: GraphModule, norm: Node) -> None:
     shape = [-1] + [1] * (weight.dim() - 1)
     set_tensor(gm, str(weight_node.target), _like(weight, weight.double() * scale.view(shape)))
     name = str(weight_node.target).removesuffix("weight") + "folded_bias"
-    owner, _, leaf = name.rpartition(".")
-    gm.get_submodule(owner).register_parameter(leaf, nn.Parameter(shift.to(weight.dtype), weight.requires_grad))
-    with gm.graph.inserting_after(weight_node):
-        bias_node = gm.graph.get_attr(name)
-    bias_node.meta["val"] = norm.meta["val"].new_empty(len(shift))
-    layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
-    layer.meta["rewritten_by"] = FoldBatchNorm.name
-    norm.replace_all_uses_with(layer)
-    sources = [a for a in (*norm.args[1:5], old_bias) if isinstance(a, Node)]
-    gm.graph.erase_node(norm)
-    for source in sources:
-        if not source.users:
-            gm.graph.erase_node(source)
+    parameter = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
+    if isinstance(old_bias, Node) and old_bias.target == name:  # of the norm that was folded before this one
+        bias_node = old_bias
+        set_tensor(gm, name, parameter)
+    else:
+        bias_node = rw.tensor(name, parameter, origin=layer)
+    assert callable(layer.target)
+    folded = rw.call(layer.target, layer.args[0], weight_node, bias_node, *layer.args[3:], origin=layer)
+    rw.replace(norm, folded)
 
 
 def _tensor(gm: GraphModule, node: Any) -> Tensor | None:

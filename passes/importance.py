@@ -95,5 +95,12 @@ def importance(
     reduced = REDUCTIONS[reduction](torch.stack([s.double().cpu() for s in scores]))
     result = NORMALISERS[normaliser](reduced)
     if not bool(torch.isfinite(result).all()):
-        raise PreconditionError(f"{criterion} gives scores that are not finite for the group {group.name!r}")
+        bad = [m.name for m in members if not bool(torch.isfinite(scoring.tensors[m.name]).all())]
+        cause = (
+            f"{', '.join(map(repr, bad))} has values that are not finite" if bad else "they overflow, or a gradient is"
+        )
+        raise PreconditionError(
+            f"{criterion} gives scores that are not finite for the group {group.name!r}: {cause}; repair the weights, "
+            "check the calibration batches, or leave the group out with ignore"
+        )
     return result

@@ -8,7 +8,6 @@ the dataclass; nothing is written down twice.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import types
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..graph.errors import unknown as unknown
 from . import registry
 from .text import OptionError, default_of, show_value
 
@@ -193,14 +193,6 @@ def _inside(value: Any, hint: Any, label: str, *path: str | int) -> Any:
         return convert(value, hint, label)
     except OptionError as err:
         raise OptionError(str(err), (*path, *err.path[1:])) from None
-
-
-def unknown(message: str, name: str, known: Iterable[str]) -> str:
-    """Return ``message 'name'`` with the nearest of the known names, or all of them where none is near."""
-    known = sorted(map(str, known))
-    near = difflib.get_close_matches(str(name), known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
-    return f"{message} {name!r}; {hint}"
 
 
 def type_text(hint: Any) -> str:

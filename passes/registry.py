@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
+
+from ..graph.errors import unknown
 
 if TYPE_CHECKING:
     from .base import Pass
@@ -42,9 +43,7 @@ def load(name: str) -> type[Pass]:
     """
     known = names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown pass {name!r}{hint} known: {', '.join(sorted(known))}")
+        raise ValueError(unknown("unknown pass", name, known))
     module, _, attribute = known[name].partition(":")
     return getattr(import_module(module), attribute)
 

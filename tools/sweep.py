@@ -121,7 +121,7 @@ def judge(
         smaller = graph.program.copy()
         record = resize(smaller, keep)
         got = outputs_of(smaller, case)
-        exact = all(g.exactness == "exact" for g in groups)
+        exact = all(g.exact for g in groups)
         want = masked_eager(case.model, record, case) if exact else None
         if want is None or not all(bool(torch.isfinite(w).all()) for w in want):
             # Zero-masking divides by zero in a normalised weight; the oracle on the graph leaves masked indices out.

@@ -16,6 +16,7 @@ from graphwright.graph.program import Program
 from graphwright.graph.verify import verify
 from graphwright.passes import options, registry
 from graphwright.passes.base import Context, Pass, PassResult, Pipeline, fingerprint
+from graphwright.passes.text import parse, show
 
 # Options with which a pass finds a site in `Sites`; a new pass whose defaults do not gets a line here.
 OPTIONS: dict[str, dict[str, Any]] = {}
@@ -194,6 +195,18 @@ def test_a_pass_that_leaves_wrong_shapes_is_caught_with_the_node_and_the_module(
     assert "in forward" in str(caught.value)
 
 
+def _cycle(program: Program) -> None:
+    node = next(n for n in program.nodes if "relu" in str(n.target))
+    node.args = (next(iter(reversed(list(program.nodes)))).all_input_nodes[0],)
+
+
+def test_a_pass_that_leaves_a_malformed_graph_is_caught_with_node_module_and_pass(program: Program) -> None:
+    with pytest.raises(VerificationError, match="defined after it") as caught:
+        Pipeline([Wrong(_cycle, True)])(program)
+    assert "in forward" in str(caught.value) and caught.value.node is not None
+    assert "in pass wrong" in caught.value.__notes__[0] and "passes already applied: none" in caught.value.__notes__[0]
+
+
 def test_a_changed_program_recompiles_and_forgets_its_analyses(program: Program) -> None:
     ctx, calls = Context(), []
 
@@ -208,6 +221,17 @@ def test_a_changed_program_recompiles_and_forgets_its_analyses(program: Program)
     ctx.analysis(count, program)
     assert len(calls) == 2
     assert not torch.allclose(program(X), before)
+
+
+def test_the_text_of_a_pass_is_what_the_command_line_reads() -> None:
+    step = options.make("remove-channels", {"ratio": 0.25, "ignore": ["a", "b c"], "include_bias": True})
+    assert str(step) == show(step)
+    assert options.make(*parse(str(step))) == step
+
+
+def test_an_unknown_pass_without_a_near_name_lists_them() -> None:
+    with pytest.raises(ValueError, match="unknown pass 'zzz'; known: eliminate-dead-code, "):
+        registry.load("zzz")
 
 
 def test_an_unknown_pass_names_the_nearest() -> None:
