@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from ..graph.errors import CaptureError
+from ..graph.guards import understood
 from ..graph.program import InputSpec, Program, copy_graph_module
 
 logger = logging.getLogger(__name__)
@@ -65,12 +67,12 @@ def capture(
         notes.append("the example batch was doubled to 2: an example batch of 1 would fix the batch size")
     try:
         with _labels_are_equal(model, names, labels):
-            exported = _export(model, args, kwargs, leaves, labels)
+            exported = _export(model, leaves, in_spec, labels)
     except Exception as err:
         if not by_default:
             raise _capture_error(model, err) from err
         try:
-            exported = _export(model, args, kwargs, leaves, {})
+            exported = _export(model, leaves, in_spec, {})
         except Exception:
             raise _capture_error(model, err) from err
         labels = {}
@@ -85,19 +87,22 @@ def capture(
     _drop_checks(gm)
     gm = copy_graph_module(gm)  # without the input checks that torch.export hooks to its module
     gm.graph.lint()
+    guards = _guards(model, exported, names)
+    notes += [f"not checked when it runs: {text}" for text in guards if not understood(text, names)]
+    guards = [text for text in guards if understood(text, names)]
     inputs = tuple(
         _input_spec(name, leaf, labels.get(i, {})) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
     )
-    return Program(gm, inputs, in_spec, out_spec, tuple(leaves), type(model).__name__, tuple(notes))
+    name = type(model).__name__
+    return Program(gm, inputs, in_spec, out_spec, tuple(leaves), name, tuple(notes), tuple(guards))
 
 
 def _export(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    leaves: list[Any],
-    labels: dict[int, dict[int, str]],
+    model: nn.Module, leaves: list[Any], in_spec: pytree.TreeSpec, labels: dict[int, dict[int, str]]
 ) -> torch.export.ExportedProgram:
+    # An alias for every leaf: export leaves marks on the tensors it is given, and takes one object for one input.
+    leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(leaves, in_spec)
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     marks = [{d: DYNAMIC for d in labels.get(i, {})} or None for i in range(len(leaves))]
     # `bound` holds the same leaves in the same order: positional first, then keywords in the caller's order.
@@ -136,6 +141,23 @@ def _labels_are_equal(model: nn.Module, names: list[str], labels: dict[int, dict
         yield
     finally:
         hook.remove()
+
+
+def _guards(model: nn.Module, exported: torch.export.ExportedProgram, names: list[str]) -> list[str]:
+    """Return the conditions on sizes that the trace met, in the form of `graph.guards`."""
+    parameters = inspect.signature(model.forward).parameters
+    kinds = {name: parameter.kind for name, parameter in parameters.items()}
+
+    def size(match: re.Match[str]) -> str:
+        head, *rest = re.findall(r"\['?([^\]']+)'?\]", match[1])
+        if kinds.get(head) is inspect.Parameter.VAR_POSITIONAL and rest:
+            head, *rest = f"arg{rest[0]}", *rest[1:]
+        elif kinds.get(head) is inspect.Parameter.VAR_KEYWORD and rest:
+            head, *rest = rest
+        return f"size({'.'.join([head, *rest])!r}, {match[2]})"
+
+    texts = [re.sub(r"L((?:\[[^\]]+\])+)\.size\(\)\[(\d+)\]", size, text) for text in exported._guards_code]
+    return list(dict.fromkeys(texts))
 
 
 def _match_leaves(bound: list[Any], leaves: list[Any]) -> list[int]:

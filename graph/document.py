@@ -44,6 +44,7 @@ def encode_program(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]
     document = {
         "name": program.name,
         "notes": list(program.notes),
+        "guards": list(program.guards),
         "inputs": [_encode_input(spec) for spec in program.inputs],
         "in_spec": encode_spec(program.in_spec),
         "out_spec": encode_spec(program.out_spec),
@@ -89,6 +90,7 @@ def decode_program(
         tuple(example),
         str(document["name"]),
         tuple(map(str, document["notes"])),
+        tuple(map(str, document.get("guards", ()))),
     )
     return program, table
 

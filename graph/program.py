@@ -190,10 +190,8 @@ class Program:
         unknown = [key for key in kwargs if key not in known]
         missing = [key for key in known if key not in kwargs]
         if unknown or missing:
-            raise InputError(
-                f"{self.name} was captured with the keyword inputs {known}; "
-                + "; ".join(filter(None, (unknown and f"unknown: {unknown}", missing and f"missing: {missing}")))
-            )
+            wrong = [f"{what}: {names}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
+            raise InputError(f"{self.name} was captured with the keyword inputs {known}; {'; '.join(wrong)}")
         return {key: kwargs[key] for key in known}
 
 

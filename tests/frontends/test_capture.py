@@ -165,7 +165,10 @@ def test_the_module_and_its_training_mode_are_not_changed() -> None:
         ({"z": {0: "n"}}, r"dynamic names the input 'z'; the inputs are \['x', 'y', 'scale'\]"),
         ({"x": {4: "n"}}, "dimension 4 of 'x', which has 2 dimensions"),
         ({"scale": {0: "n"}}, "'scale', which is not a tensor but 1.0"),
-        ({"x": {1: "n"}, "y": {1: "n"}}, "'y' and dimension 1 of 'x' one name, 'n', but their example sizes are 5 and 3"),
+        (
+            {"x": {1: "n"}, "y": {1: "n"}},
+            "'y' and dimension 1 of 'x' one name, 'n', but their example sizes are 5 and 3",
+        ),
     ],
 )
 def test_wrong_dynamic_dimensions_are_named(dynamic: dict[str, Any], message: str) -> None:
@@ -186,3 +189,54 @@ def test_inputs_that_forward_does_not_take_are_refused() -> None:
 def test_a_branch_on_values_is_refused_with_what_to_do() -> None:
     with pytest.raises(gw.CaptureError, match="the forward branches on the values of a tensor"):
         gw.capture(Branching(), (torch.randn(2, 3),))
+
+
+class BySize(nn.Module):
+    """Takes one of two layers by the number of rows."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.a, self.b, self.first = nn.Linear(5, 3), nn.Linear(5, 3), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        return self.a(x) if (n > 4 if self.first == "many" else n % 2 == 0) else self.b(x)
+
+
+@pytest.mark.parametrize(("first", "good", "bad"), [("many", 5, 4), ("even", 4, 7)])
+def test_a_size_of_another_branch_than_the_captured_one_is_refused(first: str, good: int, bad: int) -> None:
+    model = BySize(first).eval()
+    program = gw.capture(model, (torch.randn(8, 5),))
+    x = torch.randn(good, 5)
+    assert torch.equal(program(x), model(x))
+    with pytest.raises(gw.InputError, match=rf"captured where .*size\('x', 0\).*got 'x' of shape \[{bad}, 5\]"):
+        program(torch.randn(bad, 5))
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x, y, z = (torch.randn(4, 6, 8) for _ in range(3))
+    program = gw.capture(model, (x, x, x))
+    want = model(x, y, z)[0]
+    torch.testing.assert_close(program(x, y, z)[0], want)
+    assert float((want - model(x, x, x)[0]).abs().max()) > 0.05
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 3)
+        self.register_buffer("cache", torch.ones(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.cache
+
+
+def test_a_batch_that_the_model_fixes_is_static_with_a_note_and_nothing_stays_on_the_inputs() -> None:
+    x = torch.randn(4, 5)
+    model = FixedBatch().eval()
+    program = gw.capture(model, (x,))
+    assert program.inputs[0].shape == (4, 5)
+    assert any("the batch is static" in note for note in program.notes)
+    assert not x.__dict__
+    assert torch.equal(program(x), model(x))
