@@ -254,10 +254,12 @@ def _rename_dimensions(model: Any, labels: Mapping[str, str]) -> None:
     for value in _values(model):
         if value.shape is None:
             continue
+        shape = value.shape.copy()  # the exporter shares some between values and freezes them
         for position, dim in enumerate(value.shape):
             text = getattr(dim, "value", None)
             if isinstance(text, str):
-                value.shape[position] = symbol.sub(lambda found: labels[found[1]], text)
+                shape[position] = symbol.sub(lambda found: labels[found[1]], text)
+        value.shape = shape
 
 
 def _values(model: Any) -> Iterator[Any]:

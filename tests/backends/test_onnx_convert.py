@@ -52,6 +52,18 @@ def test_guards_that_always_hold_are_recognised(code: str, holds: bool) -> None:
     assert _always_holds(code, ["a", "b"]) is holds
 
 
+def test_dimensions_are_named_where_values_share_their_shape() -> None:
+    class Gated(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.glu(x, 1).tanh()
+
+    # The exporter gives both halves, and what is computed from them, one frozen shape.
+    x = torch.randn(2, 6)
+    model = convert(flat_program(capture(Gated(), (x,))), (x,), 23).program.model
+    shapes = [[str(getattr(dim, "value", dim)) for dim in v.shape] for node in model.graph for v in node.outputs]
+    assert len(shapes) > 3 and shapes.count(["batch", "3"]) == len(shapes)
+
+
 def test_dimension_that_torch_fixes_is_refused() -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
