@@ -258,6 +258,17 @@ class CodeKey:
         return files, packages
 
 
+def function_key(function: Any) -> str:
+    """Return a hash of a function, of what it closes over, and of the source that it uses.
+
+    Raises:
+        Unstable: It cannot be described alike in every process.
+    """
+    key = CodeKey(nn.Module())
+    key.add(function, getattr(function, "__qualname__", type(function).__qualname__))
+    return key.hexdigest()
+
+
 def _used_by(name: str) -> set[str]:
     """Return the modules whose classes and functions, or which themselves, are global names of a module."""
     found = set()

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..frontends.artifact_record import RECORD_FILE
 from ..graph.errors import ArtifactError, GraphwrightError
+from ..graph.files import sha256
 from ..graph.program import Program
 from ..graph.serialize import GRAPH_FILE, load_program
 from .artifacts import kind_of, load_call, read_facts
 from .compare import differences, second_sizes
-from .run import CAPTURE, ONNX, ONNX_ORIGINAL, PROGRAM, TORCHSCRIPT
-from .run_dir import MARK, Finished, RunDirectory, hash_file
+from .run import CAPTURE, ONNX, ONNX_ORIGINAL, TORCHSCRIPT
+from .run_dir import MARK, PROGRAM, Finished, RunDirectory
 
-MODULE_FILE = "graphwright.json"
 Finding = dict[str, Any]
 
 
@@ -33,7 +34,7 @@ def examine(directory: Path) -> list[Finding]:
         return [_loads("saved program", lambda: load_program(directory))[0]]
     if kind_of(directory) is not None:
         return list(_export(directory))
-    if (directory / MODULE_FILE).is_file():
+    if (directory / RECORD_FILE).is_file():
         from ..frontends.artifact import load
 
         return [_loads("saved module and its self-check", lambda: load(directory))[0]]
@@ -51,9 +52,9 @@ def _run(directory: Path) -> Iterator[Finding]:
         if stage.files:
             yield _hashes(directory, stage)
     programs: dict[str, Program] = {}
-    holders = [s.result["program"] for s in stages if isinstance(s.result, dict) and "program" in s.result]
-    for holder in dict.fromkeys(holders):
-        finding, program = _loads(f"{holder}/{PROGRAM}", lambda h=holder: load_program(directory / h / PROGRAM))
+    holders = run.holders()
+    for holder in holders:
+        finding, program = _loads(f"{holder}/{PROGRAM}", lambda h=holder: load_program(run.program(h)))
         yield finding
         if program is not None:
             programs[holder] = program
@@ -69,7 +70,7 @@ def _hashes(directory: Path, stage: Finished) -> Finding:
         path = directory / stage.name / file
         if not path.is_file():
             changed.append(f"{file} is missing")
-        elif hash_file(path) != expected:
+        elif sha256(path) != expected:
             changed.append(f"{file} was changed")
     what = f"{stage.name}: files"
     return _finding(what, not changed, "; ".join(changed) or f"{len(stage.files)} as they were written")
@@ -79,7 +80,7 @@ def _export(directory: Path) -> Iterator[Finding]:
     manifest = read_facts(directory)
     for name, facts in manifest["files"].items():
         file = directory / name
-        intact = file.is_file() and hash_file(file) == facts["sha256"]
+        intact = file.is_file() and sha256(file) == facts["sha256"]
         yield _finding(name, intact, "as it was written" if intact else "missing or changed; export again")
     finding, _ = _loads("loads", lambda: load_call(directory))
     yield finding

@@ -9,17 +9,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ..backends.compare import default_tolerance, dynamic_sizes, example_like, other_sizes, run_program
+from ..backends.compare import dynamic_sizes, example_like, other_sizes, run_program
 from ..graph.errors import PreconditionError
 from ..graph.program import Program
 
 Run = Callable[..., Any]
 SEED = 1
-
-
-def tolerance_of(program: Program, wanted: float | None) -> float:
-    """Return ``wanted``, or what fits the coarsest dtype of the program."""
-    return default_tolerance(program) if wanted is None else wanted
 
 
 def inputs_at(program: Program, sizes: Mapping[str, int] | None, seed: int | None = SEED) -> list[Any]:

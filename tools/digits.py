@@ -1,45 +1,29 @@
-"""Judge a digit denoiser by its pictures: sampling, Frechet distance, picture grids and a calibration loss.
+"""The demo: draw digits with a denoiser, judge them, and score its channels.
 
 A compiled, pruned or quantised copy of ``builtin:digits-ddpm`` is good if it still draws digits. Everything
-here takes any callable, so that an eager module, a program and an ONNX Runtime session are judged alike::
-
-    module, _, _ = load_builtin("digits-ddpm")
-    images = sample_digits(denoiser(module), count=256)
-    print(digits_frechet(images))
-    Path("digits.png").write_bytes(image_grid(images[:64]))
+here takes any callable, so that an eager module, a program and an ONNX Runtime session are judged alike.
+Recipes name two factories: ``graphwright.tools.digits:calibration`` and ``graphwright.tools.digits:samples``.
 """
 
 from __future__ import annotations
 
-import base64
 import math
-import struct
-import zlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..frontends.builtin import DigitClassifier, digits_classifier, digits_images
-
-__all__ = [
-    "SCHEDULE",
-    "NoisyBatch",
-    "calibration",
-    "data_uri",
-    "denoiser",
-    "denoising_loss",
-    "digits_features",
-    "digits_frechet",
-    "epsilon_loss",
-    "frechet_distance",
-    "image_grid",
-    "noisy_batch",
-    "sample_digits",
-    "taylor_batches",
-]
+from ..graph.errors import PreconditionError
+from ..graph.program import Program
+from ..passes.base import Progress
+from .frechet import frechet_distance
+from .pictures import image_grid
+from .samples import Draw, Drawn, Sample
 
 # ``denoise(sample [n, 1, 8, 8], timestep [n] int64) -> noise [n, 1, 8, 8]`` (a tensor or a NumPy array).
 Denoise = Callable[[Tensor, Tensor], Any]
@@ -128,36 +112,6 @@ def sample_digits(
     return torch.cat(done).clamp(-1.0, 1.0)
 
 
-def frechet_distance(features_a: Any, features_b: Any) -> float:
-    """Return the squared Frechet distance between Gaussians fitted to two sets of features (as in FID).
-
-    ``|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2))`` for the covariances A and B, in float64. The trace
-    of the root comes from the eigenvalues of the symmetric ``A^(1/2) B A^(1/2)``, which stay real
-    where a root of the product turns complex for nearly singular covariances.
-
-    Args:
-        features_a: Tensor or array ``[n, d]`` with n at least 2; a small n biases the distance upwards.
-        features_b: Tensor or array ``[m, d]`` with m at least 2.
-
-    Returns:
-        The distance, in squared feature units; 0 for equal Gaussians.
-
-    Raises:
-        ValueError: The shapes do not fit, or a feature is not finite.
-    """
-    a, b = (torch.as_tensor(f).detach().to("cpu", torch.float64) for f in (features_a, features_b))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"need features [n >= 2, d] and [m >= 2, d], got {list(a.shape)}, {list(b.shape)}")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("features must be finite")
-    cov_a, cov_b = (torch.cov(f.T).reshape(f.shape[1], f.shape[1]) for f in (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0.0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2.0 * cross
-    return max(float(distance), 0.0)  # rounding can leave -1e-15
-
-
 @torch.no_grad()
 def digits_features(images: Tensor, classifier: DigitClassifier | None = None) -> Tensor:
     """Return features ``[n, 64]`` of images ``[n, 1, 8, 8]`` in [-1, 1], by default in the shipped classifier."""
@@ -178,46 +132,6 @@ def digits_frechet(images: Tensor) -> float:
     if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
         raise ValueError(f"images must be [n, 1, 8, 8], got {list(images.shape)}")
     return frechet_distance(digits_features(images), _real_features())
-
-
-def image_grid(images: Tensor, columns: int | None = None, scale: int = 8) -> bytes:
-    """Draws grey pictures as one PNG, in rows, without an imaging library.
-
-    Args:
-        images: tensor ``[n, 1, h, w]`` in [-1, 1] (clamped); -1 is black.
-        columns: pictures in a row, by default the root of n rounded up.
-        scale: side of a drawn pixel.
-
-    Returns:
-        The bytes of an 8-bit grey PNG file; pictures are parted by a grey line of ``scale`` / 4 pixels.
-
-    Raises:
-        ValueError: the shape is another one, or columns or scale is not positive.
-    """
-    if images.ndim != 4 or images.shape[1] != 1 or not len(images):
-        raise ValueError(f"images must be [n, 1, h, w] with n >= 1, got {list(images.shape)}")
-    across = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    if across < 1 or scale < 1:
-        raise ValueError(f"columns {across} and scale {scale} must be positive")
-    down, gap = math.ceil(len(images) / across), max(1, scale // 4)
-    grey = images.detach().to("cpu", torch.float32).clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
-    grey = grey[:, 0].to(torch.uint8).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    high, wide = grey.shape[1] + gap, grey.shape[2] + gap
-    canvas = torch.full((down * high + gap, across * wide + gap), 96, dtype=torch.uint8)
-    for i, picture in enumerate(grey):
-        top, left = gap + i // across * high, gap + i % across * wide
-        canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    # 8 bits of grey; then the only compression and filter methods there are, and no interlacing.
-    header = struct.pack(">IIBBBBB", canvas.shape[1], canvas.shape[0], 8, 0, 0, 0, 0)
-    lines = b"".join(b"\0" + row.numpy().tobytes() for row in canvas)  # each line starts with filter 0, none
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""))
-    packed = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
-def data_uri(png: bytes) -> str:
-    """A PNG as a ``data:`` address, for a report that must be one HTML file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def noisy_batch(images: Tensor, seed: int = 0) -> NoisyBatch:
@@ -277,14 +191,90 @@ def taylor_batches(count: int = 8, batch: int = 64, seed: int = 0) -> list[Noisy
     return [noisy_batch(train[order[i * batch : (i + 1) * batch]], seeds[i]) for i in range(count)]
 
 
-def calibration(
-    count: int = 8, batch: int = 64, seed: int = 0
-) -> tuple[Callable[[Callable[..., Any], NoisyBatch], Tensor], list[NoisyBatch]]:
-    """Return what a gradient-based importance score needs: ``(loss, batches)``, used as ``loss(program, batch)``.
+def calibration(count: int = 8, batch: int = 64, seed: int = 0) -> tuple[Any, ...]:
+    """Return what a gradient-based importance score needs, as a recipe's ``calibration`` wants it.
 
-    Arguments and errors are those of `taylor_batches`; the loss is `epsilon_loss`.
+    Arguments and errors are those of `taylor_batches`.
+
+    Returns:
+        ``(loss, batches, split)``: `epsilon_loss`, used as ``loss(program, batch)``, the batches, and what takes one of
+        them apart into samples.
     """
-    return epsilon_loss, taylor_batches(count, batch, seed)
+
+    def split(whole: NoisyBatch) -> list[NoisyBatch]:
+        return [NoisyBatch(*(part[i : i + 1] for part in whole)) for i in range(len(whole.sample))]
+
+    return epsilon_loss, taylor_batches(count, batch, seed), split
+
+
+def samples(count: int = 256, steps: int = 25, seed: int = 0, shown: int = 32) -> Draw:
+    """Return what draws the same digits with several models and judges them, as a recipe's ``samples`` wants it.
+
+    The score is the squared Frechet distance to the real digits, in features of the shipped classifier.
+
+    Args:
+        count: Pictures by each model; distances of fewer than 256 say little.
+        steps: Denoising steps.
+        seed: Of the starting noise, the same for every model.
+        shown: How many of the pictures are in the report.
+
+    Raises:
+        ValueError: One of them is too small.
+    """
+    for name, value, least in (("count", count, 2), ("steps", steps, 1), ("shown", shown, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def draw(program: Program, models: Mapping[str, Callable[..., Any]], folder: Path, progress: Progress) -> Drawn:
+        _require_digits(program)
+        found = {}
+        for label, model in models.items():
+            calls = steps * -(-count // MAX_BATCH)
+            denoise = _counted(denoiser(model), f"draw digits ({label})", calls, progress)
+            images = sample_digits(denoise, count=count, steps=steps, seed=seed)
+            file = re.sub(r"\W+", "-", label).lower() + ".png"
+            (folder / file).write_bytes(image_grid(images[:shown], columns=16, scale=5))
+            found[label] = Sample(file, digits_frechet(images))
+        real = digits_frechet(_real_digits(count, seed))
+        note = (
+            f"{count} pictures by each in {steps} steps from the same noise (seed {seed}). The distance is to the real "
+            f"digits, in features of the shipped classifier; as many real digits have {real:.2f}, lower is better."
+        )
+        return Drawn(found, "Frechet distance", note)
+
+    return draw
+
+
+def _require_digits(program: Program) -> None:
+    """Raise `PreconditionError` unless ``program`` takes what a digit denoiser does."""
+    shapes = [spec.shape[1:] for spec in program.inputs if spec.is_tensor]
+    if shapes != [(1, 8, 8), ()]:
+        raise PreconditionError(
+            "graphwright.tools.digits:samples draws with a denoiser of 8x8 digits such as builtin:digits-ddpm; "
+            f"{program.name} takes other inputs: leave `samples` out of the recipe"
+        )
+
+
+def _counted(denoise: Denoise, what: str, total: int, progress: Progress) -> Denoise:
+    done = 0
+
+    def counted(sample: Tensor, timestep: Tensor) -> Any:
+        nonlocal done
+        noise = denoise(sample, timestep)
+        done += 1
+        progress(what, done, total)
+        return noise
+
+    return counted
+
+
+def _real_digits(count: int, seed: int) -> Tensor:
+    """Return ``count`` real digits, drawn with replacement where there are not so many."""
+    images = torch.cat(digits_images())
+    generator = torch.Generator().manual_seed(seed)
+    if count <= len(images):
+        return images[torch.randperm(len(images), generator=generator)[:count]]
+    return images[torch.randint(len(images), (count,), generator=generator)]
 
 
 @cache

@@ -1,35 +1,34 @@
-"""Facts that a run's results depend on: weights, code, versions, machine."""
+"""Facts that a run's results depend on (weights, versions, machine), and facts of programs for reports."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
+import logging
 import os
 import platform
-import sys
-from importlib.metadata import PackageNotFoundError, version
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..frontends.code_key import Unstable
+from ..frontends.named_tensors import named_tensors
 from ..graph.cost import Cost, cost
 from ..graph.depgraph import DepGraph
 from ..graph.program import Program
+from ..graph.versions import versions_of
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("graphwright", "torch", "transformers", "diffusers", "onnx", "onnxscript", "onnxruntime")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what takes part in a run, Python's included."""
-    found = {"python": platform.python_version()}
-    for package in (*PACKAGES, "onnxruntime-gpu"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **versions_of((*PACKAGES, "onnxruntime-gpu"))}
 
 
 def machine() -> dict[str, Any]:
@@ -55,8 +54,7 @@ def _processor() -> str:
 def weights_hash(model: nn.Module) -> str:
     """Return a hash of the names, dtypes, shapes and values of every parameter and buffer."""
     digest = hashlib.sha256()
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
+    for name, tensor in named_tensors(model).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         _add(digest, tensor)
     return digest.hexdigest()
@@ -79,26 +77,16 @@ def _add(digest: Any, tensor: Tensor) -> None:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def code_hash(model: nn.Module, spec: str) -> str:
-    """Return a hash of the source files that define the model's classes, and of its factory's.
+def key_or_never(what: str, make: Callable[[], str]) -> str:
+    """Return the hash that ``make`` returns, or where it raises `Unstable` one that nothing ever has again.
 
-    The weights alone do not tell two versions of a ``forward`` apart. Modules of torch itself are told apart by its
-    version.
+    What depends on such a hash is done anew in every run.
     """
-    names = {type(module).__module__ for module in model.modules()}
-    names |= {base.__module__ for base in type(model).__mro__}
-    if ":" in spec and not spec.startswith("builtin:"):
-        names.add(spec.partition(":")[0])
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        if name.partition(".")[0] in ("torch", "builtins"):
-            continue
-        module = sys.modules.get(name)
-        file = inspect.getsourcefile(module) if module is not None and getattr(module, "__file__", None) else None
-        if file and Path(file).is_file():
-            digest.update(f"{name};".encode())
-            digest.update(Path(file).read_bytes())
-    return digest.hexdigest()
+    try:
+        return make()
+    except Unstable as err:
+        logger.info("what depends on %s is done anew: %s", what, err)
+        return f"unstable {uuid.uuid4().hex}"
 
 
 def cost_facts(program: Program) -> dict[str, int]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from ..passes.base import Progress
+
 WARM_UP = 2
 LEAST_RUNS = 3
 BUDGET_SECONDS = 60.0
 
 Call = Callable[[], Any]
-Progress = Callable[[str, int, int], None]
 
 
 def measure(calls: Mapping[str, Call], runs: int, progress: Progress | None = None) -> dict[str, dict[str, Any]]:

@@ -100,8 +100,9 @@ def _built(data: dict[str, Any], name: str, lines: Mapping[Any, int], origin: Or
     try:
         values = dict(_sections(data))
         values["passes"] = _passes(data.get("passes", []))
-        if isinstance(values.get("calibration"), str):
-            values["calibration"] = {"factory": values["calibration"]}
+        for key in ("calibration", "samples"):
+            if isinstance(values.get(key), str):
+                values[key] = {"factory": values[key]}
         recipe = build(Recipe, values, "a recipe", "key")
     except OptionError as err:
         blamed = next((text for path, text in origin.items() if err.path[: len(path)] == path), None)

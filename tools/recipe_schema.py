@@ -14,7 +14,7 @@ from ..passes.options import plain
 VERSION = 1
 OLDEST_OPSET = 18
 # Sections that are written `true` for their defaults and `false` for off.
-SWITCHES = (("export", "onnx"), ("export", "torchscript"), ("samples",), ("measure",))
+SWITCHES = (("export", "onnx"), ("export", "torchscript"), ("measure",))
 
 
 class RecipeError(GraphwrightError):
@@ -43,14 +43,12 @@ class InputTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Where gradients come from.
+class Factory:
+    """A callable of the user's own code, or of graphwright's.
 
     Attributes:
-        factory: ``digits-ddpm``, or ``package.module:factory``; called with `options` it returns ``(loss, batches)``,
-            where ``loss(program, batch)`` is a scalar tensor, or ``(loss, batches, split)``, where ``split(batch)``
-            gives the samples of a batch.
-        options: Keyword arguments of the factory.
+        factory: ``package.module:callable``; modules in the working directory are found.
+        options: Keyword arguments that it is called with.
     """
 
     factory: str
@@ -113,35 +111,13 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
-    """Pictures drawn with the original and the rewritten model, for ``builtin:digits-ddpm``.
-
-    Attributes:
-        count: Pictures by each model; distances of fewer than 256 say little.
-        steps: Denoising steps.
-        seed: Seed of the starting noise, the same for both models.
-        shown: How many of them the report shows.
-    """
-
-    count: int = 256
-    steps: int = 25
-    seed: int = 0
-    shown: int = 32
-
-    def __post_init__(self) -> None:
-        for name, low in (("count", 2), ("steps", 1), ("shown", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Measure:
     """How latency is measured.
 
     Attributes:
         runs: Timed runs of each model, interleaved; the median counts.
         threads: Threads of PyTorch and ONNX Runtime; null takes what they choose.
-        batch: Size of the dynamic batch dimension; null takes the example's.
+        batch: Size of dimension 0 of the inputs, which must be dynamic; null takes the example's.
     """
 
     runs: int = 20
@@ -160,18 +136,22 @@ class Recipe:
     """One run, wholly described.
 
     Attributes:
-        model: ``builtin:NAME``, a directory, ``package.module:factory`` or a hub name.
+        model: ``builtin:NAME``, a directory of a library, of a run or of a saved model, a GGUF file,
+            ``package.module:factory``, or a hub name.
         version: Of the recipe format.
         dtype: Convert the model's floating-point tensors, and inputs, to this; null leaves them.
         random_weights: Build from the configuration alone, where a directory has no weights.
         seed: Of everything random that has no seed of its own.
         inputs: Example inputs by name, tensors or constants, in place of all of the model's own.
         dynamic: Names of dimensions that may vary, by input and dimension; null is the batch alone.
-        calibration: For criteria that need gradients.
+        calibration: For criteria that need gradients. The factory returns ``(loss, batches)``, where
+            ``loss(program, batch)`` is a scalar tensor, or ``(loss, batches, split)``, where ``split(batch)`` gives the
+            samples of a batch.
         passes: In order.
         export: What to export.
         check: How exports are compared.
-        samples: Pictures to draw.
+        samples: Pictures by the original and the rewritten model for the report. The factory returns
+            ``draw(program, models, folder, progress)``: see `graphwright.tools.samples`.
         measure: How to measure latency; null to leave it out.
         name: The recipe's short name; not a key of the file.
     """
@@ -183,11 +163,11 @@ class Recipe:
     seed: int = 0
     inputs: Mapping[str, InputTensor | bool | int | float | str | None] | None = None
     dynamic: Mapping[str, Mapping[int, str]] | None = None
-    calibration: Calibration | None = None
+    calibration: Factory | None = None
     passes: tuple[Any, ...] = ()
     export: Export = field(default_factory=Export)
     check: Check = field(default_factory=Check)
-    samples: Samples | None = None
+    samples: Factory | None = None
     measure: Measure | None = field(default_factory=Measure)
     name: str = field(default="", init=False, compare=False)
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .report_html import change, count
+from .numbers import change, count
 
 FROM_CACHE = "the graph is from the cache; --no-cache captures anew"
 # Where nobody looks, as in a pipe, lines are as long as they need to be.
@@ -92,8 +92,10 @@ def print_summary(data: Mapping[str, Any]) -> None:
             rows.append([f"{runtime} ms", count(pair[0]), count(pair[1]), change(pair[0], pair[1])])
     samples = (data.get("samples") or {"models": {}})["models"]
     if len(samples) == 2:
-        first, last = (model["frechet"] for model in samples.values())
-        rows.append(["Frechet distance of samples", f"{first:.2f}", f"{last:.2f}", change(first, last)])
+        first, last = (model["score"] for model in samples.values())
+        if first is not None and last is not None:
+            label = f"{data['samples']['score']} of samples"
+            rows.append([label, f"{first:.2f}", f"{last:.2f}", change(first, last)])
     print_table("", ["", "before", "after", "change"], rows, right=(1, 2, 3))
     for name, manifest in data.get("exports", {}).items():
         worst = max(check["max_difference"] for check in manifest["checks"])

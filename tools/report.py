@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from .artifacts import size_of
-from .run import CAPTURE, LATENCY, ONNX, ONNX_ORIGINAL, SAMPLES, TORCHSCRIPT, Outcome, pass_stage
-from .run_dir import write_atomic
+from .pictures import data_uri
+from .run import CAPTURE, LATENCY, ONNX, ONNX_ORIGINAL, SAMPLES, TORCHSCRIPT, Outcome
+from .run_dir import pass_stage, write_atomic
 
 FORMAT_VERSION = 1
 JSON_FILE, HTML_FILE = "report.json", "report.html"
@@ -36,7 +35,7 @@ def write_report(outcome: Outcome) -> dict[str, Any]:
 def report_data(outcome: Outcome) -> dict[str, Any]:
     """Return the report of a run as plain data."""
     first = outcome[CAPTURE].result
-    passes = [outcome[pass_stage(i, step)] for i, step in enumerate(outcome.recipe.passes)]
+    passes = [outcome[pass_stage(i, step.name)] for i, step in enumerate(outcome.recipe.passes)]
     after = passes[-1].result["cost"] if passes else first["cost"]
     return {
         "format_version": FORMAT_VERSION,
@@ -85,16 +84,3 @@ def group_widths(groups: Sequence[Mapping[str, Any]], passes: Sequence[Mapping[s
 def _export(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return what a report says of an export: its manifest, less what is in the files beside it."""
     return {"directory": name, "bytes": size_of(manifest), **manifest}
-
-
-def data_uri(png: bytes) -> str:
-    """Return a PNG as a ``data:`` address, so that a page needs no other file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def read_report(directory: Path) -> dict[str, Any] | None:
-    """Return the report in a run's directory, None if it has none."""
-    try:
-        return json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None

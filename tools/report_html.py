@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from .numbers import change, count
+
 Cell = tuple[str, str]
 BAR_WIDTH, BAR_HEIGHT = 160, 14
 
@@ -57,20 +59,6 @@ def name(value: Any) -> Cell:
 def number(value: Any) -> Cell:
     """A table cell of a number, with separated thousands; empty for None."""
     return "number", count(value)
-
-
-def count(value: Any) -> str:
-    """Return a number as people read it."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
-    return f"{value:,}"
-
-
-def change(before: float, after: float) -> str:
-    """Return the change in percent, such as ``-30.0 %``."""
-    return f"{100 * (after - before) / before:+.1f} %".replace("-", "\N{MINUS SIGN}") if before else ""
 
 
 def table(headers: Sequence[Cell], rows: Iterable[Sequence[Cell]]) -> str:
@@ -130,16 +118,16 @@ def _samples(samples: Mapping[str, Any] | None, pictures: Mapping[str, str]) -> 
     if samples is None:
         return ""
     figures = "".join(
-        f'<figure><img src="{pictures[model["file"]]}" alt="digits drawn by the {escape(label)} model">'
-        f"<figcaption>{escape(label)}: Frechet distance {model['frechet']:.2f}</figcaption></figure>"
+        f'<figure><img src="{pictures[model["file"]]}" alt="samples of the {escape(label)} model">'
+        f"<figcaption>{escape(label)}{_score(samples['score'], model['score'])}</figcaption></figure>"
         for label, model in samples["models"].items()
     )
-    return (
-        f'<h2>Samples</h2>\n<div class="pictures">{figures}</div>\n'
-        f'<p class="soft">{samples["count"]} pictures by each in {samples["steps"]} steps from the same noise (seed '
-        f"{samples['seed']}). The distance is to the real digits, in features of the shipped classifier; as many real "
-        f"digits have {samples['real_frechet']:.2f}, lower is better.</p>"
-    )
+    note = f'\n<p class="soft">{escape(samples["note"])}</p>' if samples["note"] else ""
+    return f'<h2>Samples</h2>\n<div class="pictures">{figures}</div>{note}'
+
+
+def _score(name: str, value: float | None) -> str:
+    return "" if value is None else f": {escape(name)} {value:.2f}"
 
 
 def _latency(latency: Mapping[str, Any] | None) -> str:

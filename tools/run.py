@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from ..graph.depgraph import depgraph
-from ..graph.errors import GraphwrightError
+from ..graph.errors import GraphwrightError, PreconditionError
 from ..graph.program import Program
 from ..graph.serialize import load_program, save_program
 from ..passes.base import Context, Pass, Pipeline
@@ -23,13 +23,15 @@ from ..passes.text import show
 from . import artifacts
 from .calibration import context_of
 from .compare import inputs_at
+from .factories import factory_key
 from .facts import cost_facts, frozen_facts, group_facts, input_facts, machine
 from .latency import measure, torch_threads
-from .recipe_schema import Measure, Recipe, Samples
-from .run_dir import Finished, RunDirectory, write_atomic
+from .recipe_schema import Factory, Measure, Recipe
+from .run_dir import PROGRAM, Finished, RunDirectory, pass_stage, write_atomic
+from .samples import draw_samples
 from .source import Source, load_source
 
-RESOLVED, PROGRAM, REMOVAL = "recipe.resolved.yaml", "program", "removal.json"
+RESOLVED, REMOVAL = "recipe.resolved.yaml", "removal.json"
 CAPTURE, ONNX, ONNX_ORIGINAL, TORCHSCRIPT = "capture", "onnx", "onnx-original", "torchscript"
 SAMPLES, LATENCY = "samples", "latency"
 
@@ -91,11 +93,6 @@ class Outcome:
         return any(stage.name == name for stage in self.stages)
 
 
-def pass_stage(index: int, step: Pass) -> str:
-    """Return the name of the stage of the pass at ``index``, counted from 0."""
-    return f"pass-{index + 1}-{step.name}"
-
-
 @dataclass
 class Runner:
     """Runs one recipe in one directory. `__call__` may be called once.
@@ -124,6 +121,8 @@ class Runner:
             GraphwrightError: The model cannot be captured, a pass refuses or fails, or the directory is not usable.
                 What is finished by then stays, and the next run goes on from there.
         """
+        # First, so that a factory with a wrong name costs no time.
+        self._factories = {name: factory_key(name, getattr(self.recipe, name)) for name in ("calibration", "samples")}
         self._directory = RunDirectory.open(self.out, self.recipe.name)
         with self._directory.locked():
             write_atomic(self.out / RESOLVED, self.recipe.to_yaml())
@@ -140,7 +139,7 @@ class Runner:
 
     def _names(self) -> Iterator[str]:
         yield from (CAPTURE, ONNX, ONNX_ORIGINAL, TORCHSCRIPT, SAMPLES, LATENCY)
-        yield from (pass_stage(i, step) for i, step in enumerate(self.recipe.passes))
+        yield from (pass_stage(i, step.name) for i, step in enumerate(self.recipe.passes))
 
     def _do(self, name: str, what: str, inputs: Any, work: Callable[[Path], Any]) -> Finished:
         self.ui.begin(name, what)
@@ -163,7 +162,7 @@ class Runner:
         """Return the program that a stage left, from memory or from its directory."""
         holder = stage.result["program"]
         if holder not in self._programs:
-            self._programs[holder] = load_program(self.out / holder / PROGRAM)
+            self._programs[holder] = load_program(self._directory.program(holder))
         return self._programs[holder]
 
     def _keep(self, holder: str, program: Program, folder: Path) -> None:
@@ -198,7 +197,7 @@ class Runner:
         return self._do(CAPTURE, "capture the model", {**self._source.key(), "seed": self.recipe.seed}, work)
 
     def _passed(self, index: int, step: Pass, before: Finished) -> Finished:
-        name = pass_stage(index, step)
+        name = pass_stage(index, step.name)
 
         def work(folder: Path) -> Any:
             result = Pipeline([step])(self._program(before), self._context)
@@ -219,8 +218,12 @@ class Runner:
                 "cost": cost_facts(result.output),
             }
 
-        calibration = None if self.recipe.calibration is None else plain(self.recipe.calibration)
-        inputs = {"before": before.key, "pass": step.name, "options": plain(step), "calibration": calibration}
+        inputs = {
+            "before": before.key,
+            "pass": step.name,
+            "options": plain(step),
+            "calibration": self._factories["calibration"],
+        }
         return self._do(name, show(step), inputs, work)
 
     @cached_property
@@ -272,20 +275,18 @@ class Runner:
     def _done(self) -> dict[str, str]:
         return {stage.name: stage.key for stage in self._stages if stage.name != SAMPLES}
 
-    def _sampled(self, options: Samples, last: Finished) -> None:
-        from .samples import draw, require_digits
-
+    def _sampled(self, options: Factory, last: Finished) -> None:
         def work(folder: Path) -> Any:
-            require_digits(self._program(last))
             runners = self._runners(last, 1, exports_only=True)
-            return draw(runners, options, folder, self.ui.progress)
+            return draw_samples(options, self._program(last), runners, folder, self.ui.progress)
 
-        self._try(SAMPLES, "draw samples", {"after": self._done(), "options": plain(options)}, work)
+        inputs = {"after": self._done(), "options": self._factories["samples"]}
+        self._try(SAMPLES, "draw samples", inputs, work)
 
     def _measured(self, options: Measure, last: Finished) -> None:
         def work(folder: Path) -> Any:
             program = self._program(last)
-            sizes = {} if options.batch is None else {"batch": options.batch}
+            sizes = {} if options.batch is None else dict.fromkeys(batch_names(program), options.batch)
             args, kwargs = pytree.tree_unflatten(inputs_at(program, sizes), program.in_spec)
             with torch_threads(options.threads) as threads, torch.no_grad():
                 runners = self._runners(last, options.threads, exports_only=False)
@@ -295,6 +296,22 @@ class Runner:
 
         inputs = {"after": self._done(), "options": plain(options), "machine": machine()}
         self._try(LATENCY, "measure latency", inputs, work)
+
+
+def batch_names(program: Program) -> list[str]:
+    """Return the names of what varies in dimension 0 of the inputs.
+
+    Raises:
+        PreconditionError: Nothing varies there.
+    """
+    first = [spec.shape[0] for spec in program.inputs if spec.is_tensor and spec.shape]
+    names = list(dict.fromkeys(size for size in first if isinstance(size, str)))
+    if not names:
+        raise PreconditionError(
+            f"measure.batch needs an input of {program.name} whose dimension 0 varies, and all are fixed: leave it out, "
+            "or name the dimension under `dynamic`"
+        )
+    return names
 
 
 @contextmanager

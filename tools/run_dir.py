@@ -16,7 +16,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from ..graph.errors import ArtifactError, GraphwrightError
+from ..graph.files import PARTIAL, sha256, staged_directory, staged_file
 
 MARK = "graphwright-run.json"
 FORMAT_VERSION = 1
-STATE, LOCK, TEMPORARY = "state", ".lock", ".partial-"
+STATE, LOCK = "state", ".lock"
+PROGRAM = "program"
 
 
 class RunError(GraphwrightError):
@@ -63,10 +64,14 @@ def hash_of(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def pass_stage(index: int, name: str) -> str:
+    """Return the name of the stage of the pass ``name`` at ``index``, counted from 0."""
+    return f"pass-{index + 1}-{name}"
+
+
+def _position(stage: str) -> int:
+    """Return which pass a stage is of, counted from 1; 0 for the capture."""
+    return int(stage.split("-")[1]) if stage.startswith("pass-") else 0
 
 
 def _finite(data: Any) -> Any:
@@ -101,13 +106,8 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a text file whole or not at all; one that says the same already is left alone."""
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
-    partial = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    with disk_errors(path):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with disk_errors(path), staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 class RunDirectory:
@@ -172,9 +172,19 @@ class RunDirectory:
 
     def stages(self) -> list[Finished]:
         """Return every finished stage in the order in which they were finished."""
-        files = [file for file in (self.path / STATE).glob("*.json") if not file.name.startswith(TEMPORARY)]
-        files.sort(key=lambda file: file.stat().st_mtime_ns)
+        files = sorted((self.path / STATE).glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
         return [done for file in files if (done := self.finished(file.stem)) is not None]
+
+    def holders(self) -> list[str]:
+        """Return the stages that left a program, first to last: the last one holds what the run has come to."""
+        stages = [s for s in self.stages() if isinstance(s.result, dict) and "program" in s.result]
+        # Not by time: a capture whose files were lost is done again after the passes.
+        stages.sort(key=lambda stage: _position(stage.name))
+        return list(dict.fromkeys(stage.result["program"] for stage in stages))
+
+    def program(self, holder: str) -> Path:
+        """Return the directory of the program that the stage ``holder`` left."""
+        return self.path / holder / PROGRAM
 
     def do(self, name: str, inputs: Any, work: Callable[[Path], Any]) -> Finished:
         """Do a stage, unless it was done with the same inputs and its files are there.
@@ -192,35 +202,25 @@ class RunDirectory:
         if known is not None and known.key == key and self._present(known):
             return known
         start = time.perf_counter()
-        partial = self.path / f"{TEMPORARY}{os.getpid()}-{name}"
         with disk_errors(self.path):
-            try:
-                partial.mkdir()
+            with staged_directory(self.path / name) as partial:
                 # Through JSON, so that a fresh result and one read back are the same.
                 result = json.loads(json.dumps(_finite(work(partial)), allow_nan=False))
                 files = {
-                    file.relative_to(partial).as_posix(): hash_file(file)
+                    file.relative_to(partial).as_posix(): sha256(file)
                     for file in sorted(partial.rglob("*"))
                     if file.is_file()
                 }
                 seconds = time.perf_counter() - start
-                self._replace(name, partial)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                (self.path / STATE / f"{name}.json").unlink(missing_ok=True)
+            if not files:
+                shutil.rmtree(self.path / name)
         state = {"stage": name, "key": key, "seconds": round(seconds, 3), "files": files, "result": result}
         write_atomic(self.path / STATE / f"{name}.json", json.dumps(state, indent=1) + "\n")
         return Finished(name, key, round(seconds, 3), result, files, False)
 
     def _present(self, stage: Finished) -> bool:
         return all((self.path / stage.name / file).is_file() for file in stage.files)
-
-    def _replace(self, name: str, partial: Path) -> None:
-        target = self.path / name
-        (self.path / STATE / f"{name}.json").unlink(missing_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        if any(partial.iterdir()):
-            os.replace(partial, target)
 
     def forget(self, name: str) -> None:
         """Remove a stage with its files."""
@@ -251,6 +251,6 @@ class RunDirectory:
             except BlockingIOError:
                 raise RunError(f"another run is at work in {self.path}; wait for it or name another --out") from None
             # What a killed run could not remove.
-            for left in [*self.path.glob(f"{TEMPORARY}*"), *(self.path / STATE).glob(f"{TEMPORARY}*")]:
+            for left in [*self.path.glob(f"{PARTIAL}*"), *(self.path / STATE).glob(f"{PARTIAL}*")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield

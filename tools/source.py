@@ -10,17 +10,32 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import nn
 
-from ..frontends.cache import Captured, capture_or_load
+from ..frontends.cache import Captured, capture_key, capture_or_load
 from ..frontends.capture import capture
 from ..frontends.load_model import load_model
+from ..graph.errors import ArtifactError
+from ..graph.files import sha256
+from ..graph.program import Program
+from ..graph.serialize import GRAPH_FILE, load_program
 from ..passes.options import plain
-from .facts import code_hash, inputs_hash, versions, weights_hash
+from .facts import inputs_hash, key_or_never, versions, weights_hash
 from .recipe_schema import InputTensor, Recipe
+from .run_dir import MARK, RunDirectory
 
 
 @dataclass
 class Source:
-    """A loaded model with example inputs."""
+    """A loaded model with example inputs.
+
+    Attributes:
+        spec: What was asked for.
+        model: The module.
+        args: Example positional inputs.
+        kwargs: Example keyword inputs.
+        dynamic: Names of the dimensions that vary, as `capture` takes them.
+        notes: What loading has to say.
+        program: The program, where it was saved as one and nothing about it is to be changed.
+    """
 
     spec: str
     model: nn.Module
@@ -28,6 +43,7 @@ class Source:
     kwargs: dict[str, Any]
     dynamic: Mapping[str, Mapping[int, str]] | None
     notes: tuple[str, ...] = ()
+    program: Program | None = None
 
     def capture(self, cache_dir: Path | None = None) -> Captured:
         """Capture the model; the program's notes are those of loading and of capturing.
@@ -35,11 +51,18 @@ class Source:
         Args:
             cache_dir: Where captured graphs are kept; None captures anew and keeps nothing.
         """
+        if self.program is not None:
+            return Captured(self.program, False)
         if cache_dir is None:
             found = Captured(capture(self.model, self.args, self.kwargs, self.dynamic), False)
         else:
             found = capture_or_load(self.model, self.args, self.kwargs, self.dynamic, cache_dir)
         return found._replace(program=replace(found.program, notes=(*self.notes, *found.program.notes)))
+
+    def _code(self) -> str:
+        if self.program is not None:
+            return sha256((program_folder(self.spec) or Path(self.spec)) / GRAPH_FILE)
+        return capture_key(self.model, self.args, self.kwargs, self.dynamic)
 
     def key(self) -> dict[str, Any]:
         """Return plain data that is the same only for the same model, inputs and library versions."""
@@ -47,7 +70,7 @@ class Source:
             "model": self.spec,
             "class": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             "weights": weights_hash(self.model),
-            "code": code_hash(self.model, self.spec),
+            "code": key_or_never(self.spec, self._code),
             "inputs": inputs_hash(pytree.tree_leaves((self.args, self.kwargs))),
             "dynamic": {k: {str(d): n for d, n in v.items()} for k, v in (self.dynamic or {}).items()}
             if self.dynamic is not None
@@ -56,15 +79,42 @@ class Source:
         }
 
 
+def program_folder(spec: str) -> Path | None:
+    """Return the directory of the program that a run has come to, or of a saved program; None for any other model.
+
+    Raises:
+        ArtifactError: The run has not captured its model yet.
+    """
+    path = Path(spec).expanduser()
+    if (path / MARK).is_file():
+        run = RunDirectory.existing(path)
+        holders = run.holders()
+        if not holders:
+            raise ArtifactError(f"the run in {path} has not captured its model yet; run it again")
+        return run.program(holders[-1])
+    return path if (path / GRAPH_FILE).is_file() else None
+
+
 def load_source(recipe: Recipe) -> Source:
     """Load the model of a recipe.
+
+    The program of a run or of a saved program is taken as it is; where the recipe gives inputs, dynamic dimensions or a
+    dtype, it is captured anew with those.
 
     Raises:
         GraphwrightError: There is no such model, or its inputs are not known.
     """
+    folder = program_folder(recipe.model)
+    if folder is not None and recipe.inputs is recipe.dynamic is recipe.dtype is None:
+        program = load_program(folder)
+        return Source(recipe.model, program.module(), *program.example_inputs(), None, program=program)
     inputs = None if recipe.inputs is None else _described(recipe.inputs)
     loaded = load_model(
-        recipe.model, dtype=recipe.dtype, random_weights=recipe.random_weights, seed=recipe.seed, inputs=inputs
+        str(folder or recipe.model),
+        dtype=recipe.dtype,
+        random_weights=recipe.random_weights,
+        seed=recipe.seed,
+        inputs=inputs,
     )
     dynamic = loaded.dynamic if recipe.dynamic is None else recipe.dynamic
     return Source(recipe.model, loaded.model, loaded.args, loaded.kwargs, dynamic, loaded.notes)

@@ -16,7 +16,6 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,9 @@ from ..frontends.builtin.digits import (
     digits_images,
     digits_labels,
 )
-from .digits import SCHEDULE, denoiser, denoising_loss, digits_features, frechet_distance, sample_digits
+from ..graph.versions import versions_of
+from .digits import SCHEDULE, denoiser, denoising_loss, digits_features, sample_digits
+from .frechet import frechet_distance
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -211,7 +212,7 @@ def save(model: nn.Module, folder: Path, config: dict[str, Any] | None, record: 
         "split": {"seed": SPLIT_SEED, "held_out_fraction": HELD_OUT_FRACTION},
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "diffusers", "scikit-learn", "safetensors")},
+            **versions_of(("torch", "diffusers", "scikit-learn", "safetensors")),
         },
     }
     for name, content in (("training.json", record), ("config.json", config)):

@@ -12,8 +12,7 @@ import typer
 from ..frontends.cache import Captured
 from ..graph.cost import cost
 from ..graph.depgraph import depgraph
-from ..graph.errors import GraphwrightError
-from ..graph.serialize import load_program
+from ..graph.versions import versions_of
 from ..passes import registry
 from ..passes.base import Pipeline
 from ..passes.options import options
@@ -23,9 +22,11 @@ from .facts import cost_facts, frozen_facts, group_facts, input_facts
 from .recipe import from_data, load_recipe
 from .recipe_schema import Check, OnnxExport, Recipe
 from .report import group_widths, write_report
-from .run import PROGRAM, Runner, seeded
-from .run_dir import MARK, RunDirectory
+from .run import Runner, seeded
 from .source import load_source
+
+# What a feature needs beyond graphwright itself; ONNX has its own part of `doctor`.
+EXTRAS = {"hf": ("transformers", "diffusers", "peft", "accelerate"), "digits": ("scikit-learn",)}
 
 
 def print_json(data: Any) -> None:
@@ -88,16 +89,7 @@ def dry_run(recipe: Recipe, as_json: bool, quiet: bool, cache_dir: Path | None) 
 
 
 def program_of(source: str, cache_dir: Path | None, random_weights: bool = False) -> Captured:
-    """Return the program in a run's or a saved program's directory, or capture the model that ``source`` names."""
-    path = Path(source)
-    if (path / MARK).is_file():
-        stages = RunDirectory.existing(path).stages()
-        held = [s.result["program"] for s in stages if isinstance(s.result, dict) and "program" in s.result]
-        if not held:
-            raise GraphwrightError(f"the run in {path} has not captured its model yet; run it again")
-        return Captured(load_program(path / held[-1] / PROGRAM), False)
-    if (path / "program.json").is_file():
-        return Captured(load_program(path), False)
+    """Return the program that ``source`` names, captured if it is a model's."""
     return load_source(Recipe(model=source, random_weights=random_weights)).capture(cache_dir)
 
 
@@ -194,7 +186,7 @@ def doctor(as_json: bool) -> bool:
     """Print what is installed; return whether nothing is wrong."""
     from ..backends.onnx_runtime import doctor as examine
 
-    facts = examine()
+    facts = examine() | {"extras": _extras()}
     if as_json:
         print_json(facts)
         return not facts["problems"]
@@ -204,6 +196,18 @@ def doctor(as_json: bool) -> bool:
         render.print_lines(f"problem: {problem}")
     render.print_lines("no problems found" if not facts["problems"] else "")
     return not facts["problems"]
+
+
+def _extras() -> dict[str, str]:
+    """Return, for each extra that is not about ONNX, its versions or how to install it."""
+    found = {}
+    for extra, packages in EXTRAS.items():
+        versions = versions_of(packages)
+        missing = [package for package in packages if package not in versions]
+        found[extra] = ", ".join(f"{name} {version}" for name, version in versions.items())
+        if missing:
+            found[extra] = f"without {', '.join(missing)}: pip install 'graphwright[{extra}]'"
+    return found
 
 
 def _words(value: Any) -> str:

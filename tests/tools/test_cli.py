@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from graphwright.graph.serialize import load_program
-from graphwright.tools import artifacts, cli
+from graphwright.tools import artifacts, cli, verbs
 from graphwright.tools.errors import explain
 
 Write = Callable[..., str]
@@ -326,6 +326,14 @@ def test_export_takes_the_result_of_a_run(finished: Path, tmp_path: Path) -> Non
     assert float(result.stdout.split(" by ")[1].split()[0]) < 1e-6
 
 
+def test_a_run_is_a_model_for_every_verb(finished: Path, tmp_path: Path) -> None:
+    groups = json.loads(invoke("groups", str(finished), "--json").stdout)["groups"]
+    assert [g["size"] for g in groups] == [6, 8]
+    result = invoke("run", str(finished), "--pass", "remove-channels{ratio=0.5}", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert [(g["before"], g["after"]) for g in json.loads(result.stdout)["groups"]] == [(6, 3), (8, 4)]
+
+
 def test_passes_lists_every_pass_with_its_options() -> None:
     data = json.loads(invoke("passes", "--json").stdout)
     assert {"remove-channels", "fold-batch-norm", "remove-dropout"} <= set(data)
@@ -351,6 +359,19 @@ def test_doctor_reports_what_is_installed() -> None:
     result = invoke("doctor", "--json")
     data = json.loads(result.stdout)
     assert data["distributions"]
+    assert "transformers 5" in data["extras"]["hf"] and data["extras"]["digits"].startswith("scikit-learn ")
+
+
+def test_doctor_says_how_to_install_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "EXTRAS", {"digits": ("no-such-package",)})
+    assert json.loads(invoke("doctor", "--json").stdout)["extras"] == {
+        "digits": "without no-such-package: pip install 'graphwright[digits]'"
+    }
+
+
+def test_doctor_exits_with_1_where_there_is_a_problem() -> None:
+    result = invoke("doctor", "--json")
+    data = json.loads(result.stdout)
     assert result.exit_code == (1 if data["problems"] else 0)
 
 

@@ -8,7 +8,7 @@ import yaml
 from graphwright.passes.eliminate_dead_code import EliminateDeadCode
 from graphwright.passes.remove_channels import RemoveChannels
 from graphwright.tools.recipe import from_data, load_recipe, read_recipe, shipped
-from graphwright.tools.recipe_schema import Calibration, OnnxExport, RecipeError, TorchscriptExport
+from graphwright.tools.recipe_schema import Factory, OnnxExport, RecipeError, TorchscriptExport
 from graphwright.tools.yaml_lines import YamlError, read_yaml
 
 TEXT = """\
@@ -16,7 +16,7 @@ version: 1
 model: builtin:digits-ddpm
 dtype: float32
 calibration:
-  factory: digits-ddpm
+  factory: graphwright.tools.digits:calibration
   options: {count: 4}
 passes:
   - remove-channels:
@@ -29,7 +29,7 @@ export:
   torchscript: true
 check: {tolerance: 1e-4, second_shape: {batch: 5}}
 dynamic: {sample: {0: batch}}
-samples: {count: 300}
+samples: {factory: "my.pictures:draw", options: {count: 300}}
 measure: false
 """
 
@@ -42,13 +42,13 @@ def test_a_recipe_is_read_whole() -> None:
         EliminateDeadCode(),
         RemoveChannels(ratio=0.1, scope="global"),
     )
-    assert recipe.calibration == Calibration(factory="digits-ddpm", options={"count": 4})
+    assert recipe.calibration == Factory(factory="graphwright.tools.digits:calibration", options={"count": 4})
     assert recipe.export.onnx == OnnxExport(opset=20)
     assert recipe.export.torchscript == TorchscriptExport()
     assert recipe.check.tolerance == 1e-4
     assert recipe.check.second_shape == {"batch": 5}
     assert recipe.dynamic == {"sample": {0: "batch"}}
-    assert recipe.samples is not None and recipe.samples.count == 300
+    assert recipe.samples == Factory(factory="my.pictures:draw", options={"count": 300})
     assert recipe.measure is None
 
 
@@ -77,7 +77,7 @@ def test_the_smallest_recipe_is_a_model() -> None:
         ("model:", "modle:", "r.yaml:2: a recipe has no key 'modle'; did you mean 'model'?"),
         ("version: 1", "version: 2", "r.yaml:1: a recipe: version must be 1"),
         ("dtype: float32", "dtype: float31", "r.yaml:3: dtype must be"),
-        ("factory: digits-ddpm", "factory: 3", "r.yaml:5: factory must be text, got 3"),
+        ("factory: graphwright.tools.digits:calibration", "factory: 3", "r.yaml:5: factory must be text, got 3"),
         ("ratio: 0.3", "ratio: 3", "r.yaml:9: remove-channels: ratio must be in [0, 1), got 3.0"),
         ("ratio: 0.3", "ratoi: 3", "r.yaml:9: remove-channels has no option 'ratoi'; did you mean 'ratio'?"),
         ("taylor", "tailor", "r.yaml:10: remove-channels: criterion must be one of"),
@@ -90,7 +90,7 @@ def test_the_smallest_recipe_is_a_model() -> None:
         ("1e-4", "3", "r.yaml:16: check: tolerance must be in (0, 1), got 3.0"),
         ("batch: 5", "batch: five", "r.yaml:16: second_shape.batch must be a whole number"),
         ("0: batch", "zero: batch", "r.yaml:17: a key of dynamic.sample must be a whole number"),
-        ("count: 300", "count: 1", "r.yaml:18: samples: count must be at least 2, got 1"),
+        ("options: {count: 300}", "count: 300", "r.yaml:18: samples has no option 'count'"),
         ("passes:", "passes: remove-dropout\nx:", "r.yaml:7: passes must be a list"),
         ("- eliminate-dead-code", "- {a: {}, b: {}}", "r.yaml:11: a pass is its name, or one 'name: {options}'"),
         ("version: 1\n", "", "r.yaml:1: "),

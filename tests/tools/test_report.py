@@ -4,21 +4,18 @@ import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from graphwright.graph.errors import PreconditionError
 from graphwright.graph.serialize import load_program
 from graphwright.tools.latency import measure, torch_threads
+from graphwright.tools.numbers import change, count
 from graphwright.tools.recipe import read_recipe
-from graphwright.tools.recipe_schema import Samples
-from graphwright.tools.report import group_widths, read_report, write_report
-from graphwright.tools.report_html import change, count, render
+from graphwright.tools.report import group_widths, write_report
+from graphwright.tools.report_html import render
 from graphwright.tools.run import Outcome, Runner
-from graphwright.tools.samples import draw, require_digits
 
 Write = Callable[..., str]
 VOID = {"meta", "br", "img", "rect"}
@@ -92,10 +89,8 @@ def test_the_figures_are_those_of_the_models(outcome: Outcome, data: dict[str, A
 
 
 def test_the_json_file_holds_the_same(outcome: Outcome, data: dict[str, Any]) -> None:
-    assert read_report(outcome.directory) == data
     text = (outcome.directory / "report.json").read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")) == data
-    assert read_report(outcome.directory / "state") is None
 
 
 def test_the_page_needs_nothing_but_itself(outcome: Outcome, data: dict[str, Any]) -> None:
@@ -133,8 +128,7 @@ def test_names_from_the_model_and_the_recipe_are_escaped(data: dict[str, Any]) -
     changed["latency"]["times"][evil] = changed["latency"]["times"]["result, PyTorch"]
     changed["latency"]["machine"]["gpu"] = evil
     changed["samples"] = {
-        "models": {evil: {"frechet": 1.0, "file": "a.png"}},
-        **{"real_frechet": 1.0, "count": 2, "steps": 3, "seed": 0},
+        **{"models": {evil: {"score": 1.0, "file": "a.png"}}, "score": evil, "note": evil},
     }
     page = render(changed, {"a.png": "data:image/png;base64,AAAA"})
     assert "<script" not in page
@@ -177,27 +171,3 @@ def test_threads_are_set_inside_only() -> None:
     with torch_threads(before + 1) as inside:
         assert inside == before + 1 == torch.get_num_threads()
     assert torch.get_num_threads() == before
-
-
-def test_samples_are_drawn_from_the_same_noise_and_judged(tmp_path: Path) -> None:
-    def grey(sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
-        return (sample,)
-
-    steps: list[tuple[str, int, int]] = []
-    result = draw(
-        {"original, X": grey, "result, X": grey},
-        Samples(count=8, steps=2, shown=4),
-        tmp_path,
-        lambda *step: steps.append(step),
-    )
-    first, second = (result["models"][label] for label in ("original, X", "result, X"))
-    assert first["frechet"] == second["frechet"] > result["real_frechet"] > 0
-    assert (tmp_path / first["file"]).read_bytes() == (tmp_path / second["file"]).read_bytes()
-    assert (tmp_path / first["file"]).read_bytes().startswith(b"\x89PNG")
-    assert steps[-1] == ("draw digits (result, X)", 2, 2)
-
-
-def test_samples_of_another_kind_of_model_are_refused(outcome: Outcome) -> None:
-    program = load_program(outcome.directory / "capture" / "program")
-    with pytest.raises(PreconditionError, match="leave `samples` out of the recipe"):
-        require_digits(program)

@@ -1,9 +1,10 @@
 """Runs: every stage is done once, what stopped goes on, and nothing half-written is left."""
 
 import errno
+import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from graphwright.graph.serialize import load_program
 from graphwright.tools import artifacts
 from graphwright.tools.calibration import context_of
 from graphwright.tools.recipe import read_recipe
-from graphwright.tools.recipe_schema import Calibration, Recipe
-from graphwright.tools.run import Outcome, Runner, seeded
+from graphwright.tools.recipe_schema import Factory, Recipe
+from graphwright.tools.report import write_report
+from graphwright.tools.run import Outcome, Runner, batch_names, seeded
 from graphwright.tools.run_dir import RunDirectory, RunError, hash_of
 
 Write = Callable[..., str]
@@ -171,6 +173,134 @@ def test_other_weights_or_other_code_make_another_model(tiny: Write, tmp_path: P
     tiny()
 
 
+HELPED = """
+import threading
+import torch
+from graphwright_helper import scaled
+
+class Helped(torch.nn.Module):
+    def __init__(self, lock=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.lock = lock
+
+    def forward(self, x):
+        return scaled(x) * self.weight
+
+def make():
+    return Helped(), (torch.ones(2, 3),), {}
+
+def unstable():
+    return Helped(threading.Lock()), (torch.ones(2, 3),), {}
+
+def draws(letter="a"):
+    from graphwright.tools.samples import Drawn, Sample
+
+    def draw(program, models, folder, progress):
+        for i, label in enumerate(models):
+            (folder / f"{i}.png").write_bytes(letter.encode())
+        return Drawn({label: Sample(f"{i}.png", float(i)) for i, label in enumerate(models)}, "letters", "Drawn & done.")
+
+    return draw
+
+def not_drawing():
+    return lambda program, models, folder, progress: None
+"""
+
+
+@pytest.fixture
+def helped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Write models whose forward calls a function of another module; return what writes that function."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+
+    def write(body: str) -> None:
+        (folder / "graphwright_helper.py").write_text(f"def scaled(x):\n    return {body}\n")
+        for name in ("graphwright_helper", "graphwright_helped"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        for cached in folder.glob("__pycache__/*"):
+            cached.unlink()
+
+    (folder / "graphwright_helped.py").write_text(HELPED)
+    monkeypatch.syspath_prepend(folder)
+    write("2 * x")
+    yield write
+    for name in ("graphwright_helper", "graphwright_helped"):
+        sys.modules.pop(name, None)
+
+
+def test_a_function_that_forward_calls_is_part_of_the_model(helped: Callable[[str], None], tmp_path: Path) -> None:
+    made = read_recipe("model: graphwright_helped:make\nmeasure: false", "helped")
+    out = tmp_path / "run"
+    Runner(made, out)()
+    assert fresh(Runner(made, out)()) == []
+    helped("3 * x")
+    assert fresh(Runner(made, out)()) == ["capture"]
+    (result,) = load_program(out / "capture" / "program")(torch.ones(2, 3)).unique().tolist()
+    assert result == 3
+
+
+def test_a_model_that_has_no_stable_description_is_captured_anew(helped: Callable[[str], None], tmp_path: Path) -> None:
+    made = read_recipe("model: graphwright_helped:unstable\nmeasure: false\npasses: [remove-dropout]", "helped")
+    for _ in range(2):
+        assert fresh(Runner(made, tmp_path / "run")()) == ["capture", "pass-1-remove-dropout"]
+
+
+def test_the_batch_is_dimension_0_whatever_its_name(helped: Callable[[str], None], tmp_path: Path) -> None:
+    text = "model: graphwright_helped:make\nmeasure: {runs: 1, batch: 7}\ndynamic: {x: {0: n}}"
+    outcome = Runner(read_recipe(text, "helped"), tmp_path / "run")()
+    assert outcome.ok, outcome.failures
+    assert outcome["latency"].result["batch"] == 7
+    program = load_program(tmp_path / "run" / "capture" / "program")
+    assert program.inputs[0].shape == ("n", 3) and batch_names(program) == ["n"]
+    fixed = Runner(read_recipe(text.replace("{x: {0: n}}", "{}"), "helped"), tmp_path / "run")()
+    assert "whose dimension 0 varies, and all are fixed" in fixed.failures["latency"]
+
+
+def test_samples_come_from_a_factory(helped: Callable[[str], None], tmp_path: Path) -> None:
+    text = (
+        "model: graphwright_helped:make\nmeasure: false\npasses: [remove-dropout]\n"
+        "samples: {factory: 'graphwright_helped:draws', options: {letter: b}}"
+    )
+    outcome = Runner(read_recipe(text, "helped"), tmp_path / "run")()
+    assert outcome["samples"].result == {
+        "models": {"result, PyTorch": {"file": "0.png", "score": 0.0}},
+        "score": "letters",
+        "note": "Drawn & done.",
+    }
+    assert (tmp_path / "run" / "samples" / "0.png").read_bytes() == b"b"
+    assert fresh(Runner(read_recipe(text, "helped"), tmp_path / "run")()) == []
+    assert fresh(Runner(read_recipe(text.replace("b}", "c}"), "helped"), tmp_path / "run")()) == ["samples"]
+    page = (write_report(outcome), (tmp_path / "run" / "report.html").read_text(encoding="utf-8"))[1]
+    assert "letters 0.00" in page and "Drawn &amp; done." in page
+    wrong = Runner(
+        read_recipe(text.replace("draws", "not_drawing").replace("{letter: b}", "{}"), "helped"), tmp_path / "w"
+    )()
+    assert "draw must return a graphwright.tools.samples.Drawn, got NoneType" in wrong.failures["samples"]
+
+
+def test_the_directory_of_a_run_is_a_model(tiny: Write, tmp_path: Path) -> None:
+    first = Runner(recipe(tiny()), tmp_path / "first")()
+    text = f"model: {tmp_path / 'first'}\nmeasure: false\npasses: [remove-channels: {{ratio: 0.5}}]"
+    second = Runner(read_recipe(text, "second"), tmp_path / "second")()
+    widths = [(w["before"], w["after"]) for w in second["pass-1-remove-channels"].result["widths"]]
+    assert widths == [(6, 3), (8, 4)]
+    assert second["capture"].result["cost"] == first["pass-2-fold-batch-norm"].result["cost"]
+    assert fresh(Runner(read_recipe(text, "second"), tmp_path / "second")()) == []
+    other = Runner(read_recipe(text + "\ndynamic: {}", "second"), tmp_path / "second")()
+    assert other["capture"].result["inputs"][0]["shape"] == [2, 3, 8, 8]
+    Runner(recipe(tiny(), criterion="magnitude-l1"), tmp_path / "first")()
+    assert "capture" in fresh(Runner(read_recipe(text, "second"), tmp_path / "second")())
+
+
+def test_a_lost_capture_does_not_become_what_the_run_has_come_to(tiny: Write, tmp_path: Path) -> None:
+    Runner(recipe(tiny()), tmp_path / "run")()
+    state = tmp_path / "run" / "state" / "capture.json"
+    os.utime(state, ns=(state.stat().st_mtime_ns + 10**12,) * 2)
+    assert RunDirectory.existing(tmp_path / "run").holders()[-1] == "pass-2-fold-batch-norm"
+
+
 def test_a_stage_whose_files_are_gone_is_done_again(tiny: Write, tmp_path: Path) -> None:
     out = tmp_path / "run"
     Runner(recipe(tiny()), out)()
@@ -212,9 +342,9 @@ def test_calibration_reaches_the_passes(tiny: Write, tmp_path: Path) -> None:
     ("factory", "message"),
     [
         ("graphwright_tiny:absent", "has no 'absent'"),
-        ("absent_module:make", "no module 'absent_module'"),
+        ("absent_module:make", "no module absent_module"),
         ("graphwright_tiny:not_a_calibration", r"must return \(loss, batches\)"),
-        ("digits", "must be package.module:factory or one of digits-ddpm"),
+        ("digits", "calibration must be package.module:factory, got 'digits'"),
         ("{factory: 'graphwright_tiny:calibration', options: {bathces: 3}}", "refuses its options"),
     ],
 )
@@ -225,7 +355,7 @@ def test_a_wrong_calibration_is_refused(factory: str, message: str, tiny: Write,
 
 
 def test_the_digits_calibration_takes_its_batches_apart() -> None:
-    context = context_of(Calibration(factory="digits-ddpm", options={"count": 2, "batch": 3}))
+    context = context_of(Factory(factory="graphwright.tools.digits:calibration", options={"count": 2, "batch": 3}))
     assert context.split is not None and len(context.batches) == 2
     samples = context.split(context.batches[0])
     assert len(samples) == 3
