@@ -90,7 +90,13 @@ def cost(program: Program) -> Cost:
 
 def example_shape(value: Tensor) -> list[int]:
     """Return a recorded shape with the example sizes in place of dynamic ones."""
-    return [s if type(s) is int else int(s.node.hint) if s.node.hint is not None else 1 for s in value.shape]
+    return [_example_size(size) for size in value.shape]
+
+
+def _example_size(size: int | torch.SymInt) -> int:
+    if not isinstance(size, torch.SymInt):
+        return size
+    return 1 if size.node.hint is None else int(size.node.hint)
 
 
 def _shape(node: Any) -> list[int]:

@@ -7,6 +7,7 @@ group is one axis that nothing freezes. See docs/methods/depgraph.md for how the
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -146,7 +147,7 @@ def analyse(program: Program) -> Analysis:
     """Assign an axis to every dimension of every tensor by one walk over the graph."""
     an = Analysis()
     gm = program.graph_module
-    shared: dict[int, Any] = {}
+    shared: dict[Hashable, Any] = {}
     read = _read(program)
     for node in gm.graph.nodes:
         an.node = node

@@ -65,7 +65,8 @@ def masked_outputs(graph: DepGraph, keep: Mapping[str, Any], inputs: list[Any]) 
             elif node.op == "get_attr":
                 env[node] = _masked(get_tensor(program.graph_module, str(node.target)), rz, rz.of(node))
             elif node.op == "output":
-                return list(map_arg(node.args[0], lambda n: env[n]))
+                outputs: Any = map_arg(node.args[0], lambda n: env[n])
+                return list(outputs)
             elif node in marked:
                 env[node] = _on_kept(rz, node, env)
             else:

@@ -208,7 +208,11 @@ def _compare(node: Node, value: Any) -> None:
     recorded = node.meta.get("val")
     if recorded is None and isinstance(value, (Tensor, tuple, list)):
         raise VerificationError("the node has no meta['val']", node)
-    pairs = zip(value, recorded, strict=True) if isinstance(value, (tuple, list)) else [(value, recorded)]
+    pairs = (
+        zip(value, () if recorded is None else recorded, strict=True)
+        if isinstance(value, (tuple, list))
+        else [(value, recorded)]
+    )
     for got, want in pairs:
         if isinstance(got, Tensor) and isinstance(want, Tensor) and not _same(got, want):
             raise VerificationError(

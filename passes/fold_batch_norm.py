@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from ..graph.operators import bias_of
 from ..graph.program import Program, get_tensor, set_tensor, tensor_identity
 from ..graph.rewriter import Rewriter
 from .base import Context, Pass, PassResult, Skipped
@@ -89,7 +90,7 @@ def _fold(rw: Rewriter, norm: Node) -> None:
     scale = torch.rsqrt(var.double() + eps)  # type: ignore[operator]
     if gamma is not None:
         scale = scale * gamma.double()
-    old_bias = layer.args[2] if len(layer.args) > 2 else None
+    old_bias = bias_of(layer)
     bias = _tensor(gm, old_bias)
     shift = (torch.zeros_like(scale) if bias is None else bias.double()) - mean.double()
     shift = shift * scale + (0 if beta is None else beta.double())

@@ -8,7 +8,7 @@ by `graphwright.graph.resize`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class AxesRule(NamedTuple):
 
 def sizes(tensor: Tensor) -> tuple[Size, ...]:
     """Return the shape with dynamic sizes as symbolic expressions (comparing SymInts would add guards)."""
-    return tuple(s if type(s) is int else s.node.expr for s in tensor.shape)
+    return tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in tensor.shape)
 
 
 class Constraint(NamedTuple):
@@ -270,6 +270,6 @@ def resize_shape(index: int, name: str) -> Callable[[Resizer, Node], None]:
     return resize
 
 
-def is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> TypeGuard[Tensor]:
     """Whether a recorded value is one tensor."""
     return isinstance(value, torch.Tensor)

@@ -31,8 +31,7 @@ def matmul(an: Analysis, node: Node) -> Dims:
 
 
 def _matmul(an: Analysis, node: Node, a: Dims, b: Dims) -> Dims:
-    k_of_b = b[-2] if len(b) > 1 else b[-1]
-    an.unify(a[-1], k_of_b)
+    an.unify(a[-1], b[-2:][0])
     _sum_over(an, a[-1], node.args[:2])
     rows = a[-2:-1] if len(a) > 1 else ()
     columns = b[-1:] if len(b) > 1 else ()

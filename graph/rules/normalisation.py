@@ -85,7 +85,7 @@ def weight_norm(an: Analysis, node: Node) -> Dims:
     dim = dim + len(v) if dim < -1 else dim
     for i, axis in enumerate(v):
         if i == dim:
-            an.unify(axis, g[i] if len(g) > 1 else g[0])
+            an.unify(axis, g[i if len(g) > 1 else 0])
         elif axis.size != 1:
             an.label(axis, "its norm is taken over it")
     return v

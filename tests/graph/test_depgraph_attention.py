@@ -21,7 +21,7 @@ from graphwright.tools.zoo import ZOO, missing
 from graphwright.tools.zoo.entry import Case
 
 HEAD_DIM, WIDTH = 4, 12
-EVERYTHING = {"ratio": 0.5, "head_ratio": 0.5, "head_group_ratio": 0.5, "head_dim_ratio": 0.5}
+EVERYTHING: dict[str, Any] = {"ratio": 0.5, "head_ratio": 0.5, "head_group_ratio": 0.5, "head_dim_ratio": 0.5}
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -32,6 +32,9 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Grouped(nn.Module):
     """Residual layers of grouped-query attention."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, heads: int, kv_heads: int, rotary: bool, layers: int = 1) -> None:
         super().__init__()
@@ -57,6 +60,7 @@ class Grouped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.inp(x)
+        layer: Any
         for layer in self.layers:
             q, k, v = (layer[n](h).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for n in "qkv")
             if self.rotary:
@@ -113,6 +117,7 @@ def test_the_analysis_grows_by_the_same_number_of_axes_with_every_layer(rotary: 
 
 def test_heads_and_query_heads_per_head_go_by_their_own_ratios() -> None:
     model, x, graph = grouped(8, 2, True)
+    options: dict[str, Any]
     for options, after in (
         ({"head_ratio": 0.5}, {"head": 1, "head group": 4, "head dim": 2, "value dim": 4}),
         ({"head_group_ratio": 0.5}, {"head": 2, "head group": 2, "head dim": 2, "value dim": 4}),

@@ -113,7 +113,8 @@ def test_relation_and_groups_equal_the_hand_written_sets(name: str) -> None:
 def _resnet50() -> tuple[nn.Module, dict[str, Any]]:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    return ResNetForImageClassification(ResNetConfig(num_labels=1000)), {"pixel_values": torch.empty(2, 3, 224, 224)}
+    config = ResNetConfig(num_labels=1000)  # pyright: ignore[reportCallIssue] (taken by **kwargs)
+    return ResNetForImageClassification(config), {"pixel_values": torch.empty(2, 3, 224, 224)}
 
 
 def _vit() -> tuple[nn.Module, dict[str, Any]]:
@@ -131,7 +132,8 @@ def _bert() -> tuple[nn.Module, dict[str, Any]]:
 def _convnext() -> tuple[nn.Module, dict[str, Any]]:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    model = ConvNextForImageClassification(ConvNextConfig(num_labels=1000))
+    config = ConvNextConfig(num_labels=1000)  # pyright: ignore[reportCallIssue] (taken by **kwargs)
+    model = ConvNextForImageClassification(config)
     return model, {"pixel_values": torch.empty(2, 3, 224, 224)}
 
 

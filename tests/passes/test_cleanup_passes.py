@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from graphwright.passes.fold_batch_norm import FoldBatchNorm
 from graphwright.passes.remove_dropout import RemoveDropout
 
 
-def filled(model: nn.Module) -> nn.Module:
+def filled(model: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, t in [*model.named_parameters(), *model.named_buffers()]:

@@ -34,7 +34,7 @@ class Flattened(nn.Module):
         return self.head(self.norm(self.conv(x)).relu().flatten(1))
 
 
-def made(cls: Callable[[], nn.Module] = Flattened, seed: int = 0) -> nn.Module:
+def made(cls: Callable[[], nn.Module] = Flattened, seed: int = 0) -> Any:
     """A module with every parameter away from its initial value."""
     module = cls().double().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ def slices(tensors: dict[str, Tensor], k: int) -> list[np.ndarray]:
     ]
 
 
-def gradients(model: nn.Module, batches: list[Tensor]) -> list[dict[str, Tensor]]:
+def gradients(model: Any, batches: list[Tensor]) -> list[dict[str, Tensor]]:
     """The eager module's gradients, one dictionary a batch."""
     found = []
     for batch in batches:
@@ -167,7 +167,7 @@ def test_taylor_counts_batch_norm_weights(setting: Any) -> None:
 
 
 def test_fpgm_is_the_sum_of_distances_to_the_other_filters_unsquared_weights() -> None:
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Conv2d(3, 6, 3),
         nn.ReLU(),
         nn.Conv2d(6, 4, 1),
@@ -191,7 +191,7 @@ def test_fpgm_is_the_sum_of_distances_to_the_other_filters_unsquared_weights() -
 
 
 def test_fpgm_calls_a_filter_at_the_geometric_median_the_least_important() -> None:
-    model = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))
+    model: Any = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))
     with torch.no_grad():
         # The corners of a square and its centre. By magnitude the centre is the largest.
         model[0].weight.copy_(torch.tensor([[9.0, 9.0], [9.0, 11.0], [10.0, 10.0], [11.0, 9.0], [11.0, 11.0]]))

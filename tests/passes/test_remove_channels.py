@@ -16,7 +16,7 @@ from graphwright.passes.base import Context, Pipeline
 from graphwright.passes.remove_channels import RemovalResult, RemoveChannels
 
 # Float64 sums of at most a few hundred terms, in another order.
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def removed(model: nn.Module, x: Tensor, ctx: Context | None = None, **options: Any) -> tuple[Any, RemovalResult]:
@@ -35,7 +35,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def filled(model: nn.Module) -> nn.Module:
+def filled(model: nn.Module) -> Any:
     with torch.no_grad():
         for i, (name, t) in enumerate([*model.named_parameters(), *model.named_buffers()]):
             if t.is_floating_point():
@@ -43,11 +43,11 @@ def filled(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-def conv_net() -> nn.Module:
+def conv_net() -> Any:
     return filled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 3)))
 
 
-def mlp(*sizes: int) -> nn.Module:
+def mlp(*sizes: int) -> Any:
     layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
     return filled(nn.Sequential(*layers[:-1]))
 
@@ -188,7 +188,7 @@ def test_global_scope_removes_more_where_slices_are_weaker() -> None:
     model = mlp(4, 12, 12, 3)
     with torch.no_grad():
         model[0].weight *= 0.01
-    options = {"scope": "global", "normaliser": "none", "reduction": "first"}
+    options: dict[str, Any] = {"scope": "global", "normaliser": "none", "reduction": "first"}
     _, result = removed(model, noise(2, 4), ratio=0.25, **options)
     # The second layer's slices are stronger as a whole; its inputs do not count under `first`.
     assert widths(result) == {"0:hidden": 6, "2:hidden": 12}

@@ -18,14 +18,14 @@ from graphwright.passes.base import Context, Pipeline
 from graphwright.passes.remove_channels import RemoveChannels
 
 # Float64 sums of at most a few hundred terms, in another order.
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def filled(model: nn.Module) -> nn.Module:
+def filled(model: nn.Module) -> Any:
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.copy_(noise(*p.shape, seed=i))

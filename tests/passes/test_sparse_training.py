@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +16,17 @@ from graphwright.passes.criteria import Scoring
 from graphwright.passes.sparse_training import group_importance, group_lasso_gradients, shrinkage_strengths
 
 
-def chain() -> nn.Module:
+def chain() -> Any:
     """One group: convolution, batch norm, flatten, linear; every parameter away from its initial value."""
     return filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2)))
 
 
-def deep() -> nn.Module:
+def deep() -> Any:
     """Two groups that share the elements of the middle layer."""
     return filled(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)))
 
 
-def filled(model: nn.Module) -> nn.Module:
+def filled(model: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
@@ -33,7 +34,7 @@ def filled(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-def analysed(model: nn.Module) -> tuple[DepGraph, Scoring]:
+def analysed(model: Any) -> tuple[DepGraph, Scoring]:
     first = next(m for m in model if isinstance(m, (nn.Linear, nn.Conv2d)))
     x = torch.ones(2, 3) if isinstance(first, nn.Linear) else torch.ones(2, 3, 4, 4)
     program = capture(model, (x.double(),))
