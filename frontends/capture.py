@@ -94,7 +94,9 @@ def capture(
         _input_spec(name, leaf, labels.get(i, {})) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
     )
     name = type(model).__name__
-    return Program(gm, inputs, in_spec, out_spec, tuple(leaves), name, tuple(notes), tuple(guards))
+    program = Program(gm, inputs, in_spec, out_spec, tuple(leaves), name, tuple(notes), tuple(guards))
+    program.own_state()
+    return program
 
 
 def _export(

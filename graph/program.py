@@ -141,8 +141,23 @@ class Program:
         return {k: v for k, v in self.tensors().items() if isinstance(v, nn.Parameter)}
 
     def copy(self) -> Program:
-        """Return a program that can be rewritten on its own; tensors are shared, as values."""
-        return replace(self, graph_module=copy_graph_module(self.graph_module))
+        """Return a program that can be rewritten and run on its own.
+
+        Tensors are shared, as values, except those that the graph itself writes into when it runs (statistics, counters).
+        """
+        copied = replace(self, graph_module=copy_graph_module(self.graph_module))
+        copied.own_state()
+        return copied
+
+    def own_state(self) -> None:
+        """Put copies in the place of the tensors that the graph writes into when it runs."""
+        for name in written(self.graph_module):
+            tensor = get_tensor(self.graph_module, name)
+            if tensor is not None:
+                own = tensor.detach().clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                own = nn.Parameter(own, tensor.requires_grad) if is_parameter else own
+                set_tensor(self.graph_module, name, own)
 
     def module(self) -> nn.Module:
         """Return an ``nn.Module`` with the original's call signature and parameter names."""
@@ -287,6 +302,25 @@ def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
             registry[name] = value  # type: ignore[assignment]
             return
     setattr(owner, name, value)
+
+
+def written(gm: GraphModule) -> list[str]:
+    """Return the names of the tensors that operators of the graph write into, through views too."""
+    owner: dict[Node, Node] = {}  # of a value the tensor of the module that it is, or is a view of
+    found: dict[str, None] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            owner[node] = node
+        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+        if schema is None:
+            continue
+        for value, argument in zip(node.args, schema.arguments, strict=False):
+            if argument.alias_info is None or not isinstance(value, Node) or value not in owner:
+                continue
+            if argument.alias_info.is_write:
+                found[str(owner[value].target)] = None
+            owner[node] = owner[value]
+    return list(found)
 
 
 def copy_graph_module(gm: GraphModule) -> GraphModule:

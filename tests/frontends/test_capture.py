@@ -240,3 +240,43 @@ def test_a_batch_that_the_model_fixes_is_static_with_a_note_and_nothing_stays_on
     assert any("the batch is static" in note for note in program.notes)
     assert not x.__dict__
     assert torch.equal(program(x), model(x))
+
+
+class Counting(nn.Module):
+    """Changes its own buffers at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.calls += 1
+        self.mean[:].mul_(0.5).add_(h.mean(0).detach(), alpha=0.5)
+        return self.b(h - self.mean) + self.calls
+
+
+def test_a_program_that_writes_its_buffers_writes_its_own() -> None:
+    model = Counting().eval()
+    program = gw.capture(model, (torch.randn(2, 5),))
+    copied = program.copy()
+    x, y = torch.randn(3, 5), torch.randn(4, 5)
+
+    got = [program(x), program(y)]
+    assert float(model.calls) == 0 and not model.mean.any()
+    want = [model(x), model(y)]
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(copied(x), want[0])  # from the start again
+
+
+def test_calibration_leaves_the_state_of_the_program_alone() -> None:
+    model = Counting().eval()
+    program = gw.capture(model, (torch.randn(2, 5),))
+    before = program.tensors()["calls"].clone()
+    context = gw.Context(loss=lambda p, batch: p(batch).square().mean(), batches=[torch.randn(4, 5)] * 3)
+    gw.Pipeline([gw.RemoveChannels(ratio=0.5, criterion="taylor")])(program, context)
+    gw.RemoveChannels(ratio=0.5, criterion="taylor")(program, context)
+    assert torch.equal(program.tensors()["calls"], before)
+    assert program.parameters()["a.weight"].shape == (4, 5)
