@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..graph.errors import ArtifactError
+from ..graph.files import sha256, staged_files
 
 
 @contextmanager
@@ -27,22 +25,9 @@ def staging(directory: str | os.PathLike[str], manifest: str) -> Iterator[Path]:
         directory: Made if it is missing, with its parents.
         manifest: File name of the manifest, which the block must write into the folder.
     """
-    target = Path(directory)
-    missing = [folder for folder in (target, *target.parents) if not folder.exists()]
-    target.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=target))
-    try:
+    with staged_files(directory, last=manifest) as stage:
         yield stage
-        _remove_earlier(target, manifest)
-        for file in sorted(stage.iterdir(), key=lambda file: (file.name == manifest, file.name)):
-            os.replace(file, target / file.name)
-        stage.rmdir()
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        for folder in missing:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        raise
+        _remove_earlier(Path(directory), manifest)
 
 
 def _remove_earlier(target: Path, manifest: str) -> None:
@@ -63,12 +48,6 @@ def _remove_earlier(target: Path, manifest: str) -> None:
 def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size in bytes and SHA-256 of every file in ``folder``, by file name. Reads every file once."""
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
-
-
-def sha256(file: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's content, read in pieces."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_manifest(file: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from .document import decode_program, encode_program
 from .encoding import decode
 from .errors import ArtifactError, VerificationError
+from .files import staged_files
 from .program import Program
 from .symbols import SymbolTable
 from .tensor_records import restore, restore_tensors
@@ -113,25 +113,14 @@ def write(
     Raises:
         ArtifactError: A tensor has a dtype that safetensors lacks.
     """
-    folder = Path(directory)
     body = json.dumps({"torch": torch.__version__, **document}, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(body.encode()).hexdigest()
     head = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": digest})
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-            for name, group in tensors.items():
-                # The digest ties the files together: weights of one save next to the graph of another are refused.
-                _write_tensors(Path(scratch, name), group, {"program": digest})
-            text = f'{head[:-1]}, "program": {body}}}\n'
-            Path(scratch, GRAPH_FILE).write_text(text, encoding="utf-8")
-            for name in (*tensors, GRAPH_FILE):
-                os.replace(Path(scratch, name), folder / name)
-    except BaseException:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    with staged_files(directory, last=GRAPH_FILE) as stage:
+        for name, group in tensors.items():
+            # The digest ties the files together: weights of one save next to the graph of another are refused.
+            _write_tensors(stage / name, group, {"program": digest})
+        (stage / GRAPH_FILE).write_text(f'{head[:-1]}, "program": {body}}}\n', encoding="utf-8")
 
 
 def read(folder: Path) -> tuple[dict[str, Any], str]:

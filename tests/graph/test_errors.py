@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 
+import graphwright
 from graphwright.graph import errors
 from graphwright.graph.errors import first_line, unknown
 
@@ -28,7 +29,8 @@ def test_first_line_skips_empty_lines_and_falls_back_to_the_class() -> None:
     assert first_line(RuntimeError()) == "RuntimeError"
 
 
-def test_every_error_is_a_graphwright_error() -> None:
+def test_every_error_is_public_and_a_graphwright_error() -> None:
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, Exception)]
     assert len(classes) > 8
     assert all(issubclass(c, errors.GraphwrightError) for c in classes)
+    assert {c.__name__ for c in classes} <= set(graphwright.__all__)

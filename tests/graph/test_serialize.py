@@ -339,3 +339,19 @@ def test_output_class_of_transformers_is_imported_when_loading(tmp_path: Path) -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("CausalLMOutputWithCrossAttentions"), done.stderr
+
+
+def test_saved_files_have_the_permissions_of_ordinary_files(tmp_path: Path) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    save_program(capture(Small(), (torch.ones(2, 3),)), tmp_path / "saved")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "saved").iterdir()}
+    assert modes == dict.fromkeys(("program.json", "model.safetensors", "example.safetensors"), ordinary.stat().st_mode)
