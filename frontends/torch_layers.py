@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.fx import Node
 
+from ..graph.operators import arg, base_name, groups_of, is_convolution, layer_of, weight_of
 from ..graph.program import Program
 from .attributes import Value
 from .sizes import module_paths
@@ -114,18 +114,8 @@ _LAYERS: tuple[tuple[Any, Callable[[Any, Mapping[str, Any]], dict[str, Any]]], .
 
 # ---------------------------------------------------------------------- what the program says of its layers
 
-_GROUPS_AT = {
-    "conv1d": 6,
-    "conv2d": 6,
-    "conv3d": 6,
-    "conv_transpose1d": 6,
-    "conv_transpose2d": 6,
-    "conv_transpose3d": 6,
-}
-_SHAPE_AT = {"layer_norm": 1, "rms_norm": 1}
+_SHAPED = ("layer_norm", "rms_norm")
 _CHANNELS = ("batch_norm", "group_norm", "instance_norm")
-# Where the weight of a linear layer is that is stored as ``[in, out]``.
-_RIGHT_AT = {"addmm": 2, "mm": 1, "matmul": 1}
 
 
 def layer_literals(program: Program) -> dict[str, dict[str, Any]]:
@@ -136,32 +126,30 @@ def layer_literals(program: Program) -> dict[str, dict[str, Any]]:
     """
     out: dict[str, dict[str, Any]] = {}
     for node in program.nodes:
-        if node.op != "call_function":
+        paths, op = module_paths(node), base_name(node)
+        if not paths or not op:
             continue
-        paths = module_paths(node)
-        schema = getattr(node.target, "_schema", None)
-        if not paths or schema is None:
-            continue
-        op = re.sub(r"_$", "", schema.name.split("::")[1])
         values = out.setdefault(paths[-1], {})
-        if op in _GROUPS_AT:
-            values["groups"] = _argument(node, _GROUPS_AT[op], "groups", 1)
-        elif op in _SHAPE_AT:
-            values["normalized_shape"] = _argument(node, _SHAPE_AT[op], "normalized_shape", None)
+        if is_convolution(node):
+            values["groups"] = groups_of(node)
+        elif op in _SHAPED:
+            values["normalized_shape"] = arg(node, 1, "normalized_shape")
         elif op in _CHANNELS:
             source = node.args[0]
             assert isinstance(source, Node)
             values["channels"] = int(source.meta["val"].shape[1])
-        elif op in _RIGHT_AT and _is_weight_of(paths[-1], _argument(node, _RIGHT_AT[op], "mat2", None)):
+        elif _is_weight_of(paths[-1], weight_of(node)) and _takes_in_first(node):
             values[TRANSPOSED] = True
     return {path: values for path, values in out.items() if values}
+
+
+def _takes_in_first(node: Node) -> bool:
+    """Whether the weight of a layer is that of a product, ``[in, out]``."""
+    layer = layer_of(node)
+    return layer is not None and layer.inputs == -2
 
 
 def _is_weight_of(path: str, source: Any) -> bool:
     if not isinstance(source, Node) or source.op != "get_attr" or len(source.meta["val"].shape) != 2:
         return False
     return source.target == (f"{path}.weight" if path else "weight")
-
-
-def _argument(node: Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)

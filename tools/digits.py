@@ -87,8 +87,6 @@ def sample_digits(
         ValueError: Count, steps or batch is out of range, or ``denoise`` returns another shape.
         ImportError: diffusers is not installed.
     """
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
     rows = min(count, MAX_BATCH) if batch is None else batch
     if count < 1 or rows < 1 or not 1 <= steps <= 1000:
         raise ValueError(f"need count {count} >= 1, batch {rows} >= 1 and steps {steps} within 1 to 1000")
@@ -98,18 +96,26 @@ def sample_digits(
         sample = noise[start : start + rows]
         kept = len(sample)
         sample = torch.cat([sample, sample[:1].expand(rows - kept, -1, -1, -1)]).to(device)
-        scheduler = DDIMScheduler(**SCHEDULE)
-        scheduler.set_timesteps(steps)
-        for t in scheduler.timesteps.tolist():
-            timestep = torch.full((rows,), t, dtype=torch.int64, device=device)
-            noise_now = torch.as_tensor(denoise(sample, timestep), dtype=torch.float32, device=sample.device)
-            if noise_now.shape != sample.shape:
-                raise ValueError(f"denoise returned shape {list(noise_now.shape)} for {list(sample.shape)}")
-            # The noise is derived again from the clipped picture, else an early step's overshoot stays in it.
-            step = scheduler.step(noise_now, t, sample, use_clipped_model_output=True, return_dict=False)
-            sample = step[0]
+        sample = _denoised(denoise, sample, steps)
         done.append(sample[:kept].cpu())
     return torch.cat(done).clamp(-1.0, 1.0)
+
+
+def _denoised(denoise: Denoise, sample: Tensor, steps: int) -> Tensor:
+    """Take the noise out of ``sample`` in ``steps`` calls."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    scheduler = DDIMScheduler(**SCHEDULE)
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps.tolist():
+        timestep = torch.full((len(sample),), t, dtype=torch.int64, device=sample.device)
+        noise_now = torch.as_tensor(denoise(sample, timestep), dtype=torch.float32, device=sample.device)
+        if noise_now.shape != sample.shape:
+            raise ValueError(f"denoise returned shape {list(noise_now.shape)} for {list(sample.shape)}")
+        # The noise is derived again from the clipped picture, else an early step's overshoot stays in it.
+        step = scheduler.step(noise_now, t, sample, use_clipped_model_output=True, return_dict=False)
+        sample = step[0]
+    return sample
 
 
 @torch.no_grad()

@@ -104,10 +104,9 @@ def train_classifier(steps: int, batch: int, rate: float, seed: int) -> tuple[Di
 def train_denoiser(steps: int, batch: int, rate: float, decay: float, seed: int) -> tuple[UNet2DModel, Record]:
     """Train the noise predictor on the train split and keep the moving average of its weights.
 
+    ``steps``, ``batch`` and ``rate`` are those of `train_classifier`.
+
     Args:
-        steps: Optimiser steps.
-        batch: Images of a step.
-        rate: Peak learning rate, as in `train_classifier`.
         decay: Of the moving average of weights (it starts lower, so that initial weights are soon forgotten).
         seed: Of weights, batches, timesteps and noise.
 
@@ -142,10 +141,11 @@ def train_denoiser(steps: int, batch: int, rate: float, decay: float, seed: int)
         _average(averaged, model, min(decay, (1.0 + step) / (10.0 + step)))
         running = _running(running, loss.item(), step)
         if (step + 1) % 250 == 0:
-            with torch.no_grad():
-                losses = [denoising_loss(averaged, part, seed=1).item() for part in (images[:360], held_out)]
-            print(f"denoiser {step + 1}/{steps} loss {running:.4f}, averaged weights: ", end="")
-            print(f"train {losses[0]:.4f} held-out {losses[1]:.4f}", flush=True)
+            print(
+                f"denoiser {step + 1}/{steps} loss {running:.4f}",
+                _averaged_losses(averaged, images, held_out),
+                flush=True,
+            )
     return averaged, {
         "seed": seed,
         "steps": steps,
@@ -155,6 +155,12 @@ def train_denoiser(steps: int, batch: int, rate: float, decay: float, seed: int)
         "train_loss": round(running, 5),
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+@torch.no_grad()
+def _averaged_losses(averaged: nn.Module, images: Tensor, held_out: Tensor) -> str:
+    train, unseen = (denoising_loss(averaged, part, seed=1).item() for part in (images[:360], held_out))
+    return f"averaged weights: train {train:.4f} held-out {unseen:.4f}"
 
 
 def judge_denoiser(model: nn.Module, classifier: DigitClassifier) -> Record:

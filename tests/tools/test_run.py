@@ -297,7 +297,8 @@ def test_the_directory_of_a_run_is_a_model(tiny: Write, tmp_path: Path) -> None:
 def test_a_lost_capture_does_not_become_what_the_run_has_come_to(tiny: Write, tmp_path: Path) -> None:
     Runner(recipe(tiny()), tmp_path / "run")()
     state = tmp_path / "run" / "state" / "capture.json"
-    os.utime(state, ns=(state.stat().st_mtime_ns + 10**12,) * 2)
+    later = state.stat().st_mtime_ns + 10**12
+    os.utime(state, ns=(later, later))
     assert RunDirectory.existing(tmp_path / "run").holders()[-1] == "pass-2-fold-batch-norm"
 
 
