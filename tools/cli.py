@@ -72,7 +72,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="builtin:NAME, a transformers or diffusers directory, package.module:factory, or the directory of a run.",
+        help="builtin:NAME, a transformers or diffusers directory, a .gguf file, a hub name, package.module:factory, "
+        "or the directory of a run.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

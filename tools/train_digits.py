@@ -141,11 +141,7 @@ def train_denoiser(steps: int, batch: int, rate: float, decay: float, seed: int)
         _average(averaged, model, min(decay, (1.0 + step) / (10.0 + step)))
         running = _running(running, loss.item(), step)
         if (step + 1) % 250 == 0:
-            print(
-                f"denoiser {step + 1}/{steps} loss {running:.4f}",
-                _averaged_losses(averaged, images, held_out),
-                flush=True,
-            )
+            print(f"denoiser {step + 1}/{steps} loss {running:.4f} {_losses(averaged, images, held_out)}", flush=True)
     return averaged, {
         "seed": seed,
         "steps": steps,
@@ -158,7 +154,7 @@ def train_denoiser(steps: int, batch: int, rate: float, decay: float, seed: int)
 
 
 @torch.no_grad()
-def _averaged_losses(averaged: nn.Module, images: Tensor, held_out: Tensor) -> str:
+def _losses(averaged: nn.Module, images: Tensor, held_out: Tensor) -> str:
     train, unseen = (denoising_loss(averaged, part, seed=1).item() for part in (images[:360], held_out))
     return f"averaged weights: train {train:.4f} held-out {unseen:.4f}"
 
