@@ -18,7 +18,7 @@ from ..graph.depgraph import DepGraph
 from ..graph.groups import Member
 from ..graph.resize import RemovalRecord
 from .multihead import ResizedMultiheadAttention
-from .sizes import HEAD, HEAD_DIM, SizeChanges, attention_roles, module_paths
+from .sizes import HEAD, HEAD_DIM, SizeChanges, module_paths
 from .torch_layers import TRANSPOSED, layer_literals
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -91,7 +91,7 @@ class ScaleKeeper:
     @cached_property
     def _narrowed(self) -> dict[str, Axis]:
         """The width of queries and keys of every module whose own operators carry one that changed."""
-        widths = {find(axis) for axis, role in attention_roles(self.graph) if role == HEAD_DIM}
+        widths = {find(axis) for axis, role in self.graph.analysis.attention_roles() if role == HEAD_DIM}
         widths = {axis for axis in widths if type(axis.size) is int and self.sizes.new_size(axis) != axis.size}
         out: dict[str, Axis] = {}
         for node in self.graph.program.nodes:

@@ -76,7 +76,7 @@ class SizeChanges:
             paths = module_paths(node)
         if not paths:
             return
-        for dims in _tensor_dims(self._graph.analysis.dims.get(node)):
+        for dims in self._graph.analysis.tensors(node):
             for axis in dims:
                 for part in _parts(axis):
                     self._add(paths, part)
@@ -128,20 +128,10 @@ def kept_by_leaf(graph: DepGraph, record: RemovalRecord) -> dict[Axis, np.ndarra
     return kept
 
 
-def attention_roles(graph: DepGraph) -> list[tuple[Axis, str]]:
-    """Return the axes that are something to an attention, and what."""
-    softmaxed = {leaf for axis in graph.analysis.softmaxes for leaf in leaves(axis)}
-    return [
-        (role.axis, role.name)
-        for role in graph.analysis.roles
-        if not role.witnesses or any(leaf in softmaxed for axis in role.witnesses for leaf in leaves(axis))
-    ]
-
-
 def _roles(graph: DepGraph) -> tuple[dict[Axis, str], dict[Axis, set[str]]]:
     explicit: dict[Axis, str] = {}
     by_leaf: dict[Axis, set[str]] = {}
-    named = attention_roles(graph)
+    named = graph.analysis.attention_roles()
     for axis, role in named:
         if find(axis).kind != LEAF or role == GROUP:
             explicit.setdefault(find(axis), role)
@@ -152,16 +142,6 @@ def _roles(graph: DepGraph) -> tuple[dict[Axis, str], dict[Axis, set[str]]]:
         if find(axis).kind == LEAF and by_leaf[find(axis)] == {role}:
             explicit.setdefault(find(axis), role)
     return explicit, by_leaf
-
-
-def _tensor_dims(value: Any) -> Iterator[tuple[Axis, ...]]:
-    if value is None:
-        return
-    if isinstance(value, tuple) and (not value or isinstance(value[0], Axis)):
-        yield value
-        return
-    for item in value:
-        yield from _tensor_dims(item)
 
 
 def _parts(axis: Axis) -> Iterator[Axis]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -88,6 +90,13 @@ def test_the_registered_name_is_the_passs_own_and_it_has_a_docstring(name: str) 
     assert cls.name == name
     assert cls.__doc__
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # pyright: ignore
+
+
+def test_the_table_of_passes_lists_the_registered_ones_with_their_options() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "passes.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    wanted = {n: [f.name for f in dataclasses.fields(registry.load(n))] for n in registry.BUILTIN}
+    assert {row[0].strip("`"): re.findall(r"`(\w+)`", row[2]) for row in rows} == wanted
 
 
 @pytest.mark.parametrize("name", NAMES)
