@@ -3,13 +3,15 @@
 Masking sets the removed entries of every parameter to zero. A contraction with a weight is then exact by itself. A
 sum over activations (query times key, a vector norm) is exact only if one operand is zero at the masked indices;
 this module answers that by walking back from the sum, as far as the answer needs.
+
+The question is about one dimension of one value, a `Place`: the axis may lie in several dimensions of a value
+(``h[:, :, None] + h[:, None, :]``), of which one can be zero at the masked indices and another not.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from collections.abc import Set as AbstractSet
 
 from torch import nn
 from torch.fx import Node
@@ -18,14 +20,19 @@ from .axes import Axis, leaves
 from .operators import LAYERS, RECURRENT, arg, base_name, bias_of, weight_of
 from .program import get_tensor
 from .rules import Analysis
-from .rules.base import is_tensor
+from .rules.base import Dims, Place
 from .rules.elementwise import ZERO_PRESERVING
+from .rules.linear import einsum_terms
 
 # Past this many operators the answer is "not known to be zero", which labels more than it must and is never wrong.
 MAX_DEPTH = 200
 
-# Is a call zero, given which of its operands that carry the leaf are (at least one), and which carry it at all?
-_Test = Callable[[Node, AbstractSet[Node], Sequence[Node]], bool]
+# What a place being zero comes down to: it is zero if all places of one of these are.
+_Alternatives = Iterable[Sequence[Place]]
+_Test = Callable[["Zeros", Place, Axis], _Alternatives]
+
+_NO: _Alternatives = ()
+_YES: _Alternatives = ((),)
 
 _NORMS = {
     "layer_norm": (2, 3),
@@ -34,12 +41,17 @@ _NORMS = {
     "instance_norm": (1, 2),
     "rms_norm": (2, None),
 }
-_STRUCTURE = frozenset(
-    "view reshape _unsafe_view flatten unflatten transpose t mT permute movedim unsqueeze squeeze cat slice narrow select unbind "
-    "split chunk split_with_sizes tensor_split repeat repeat_interleave expand expand_as stack roll flip "
-    "sum mean cumsum index index_select gather pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im "
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d max_pool2d upsample_nearest2d "
-    "upsample_bilinear2d upsample_bicubic2d upsample_linear1d linalg_vector_norm norm amax var std".split()
+# Each entry of the result is made of entries of the first argument (a tensor or a list) that lie at the same indices.
+_MOVES = frozenset(
+    "view reshape _unsafe_view flatten unflatten transpose t mT permute movedim unsqueeze squeeze slice narrow select unbind "
+    "split chunk split_with_sizes tensor_split roll flip sum mean cumsum pixel_shuffle pixel_unshuffle channel_shuffle "
+    "linalg_vector_norm norm amax var std view_as_complex view_as_real".split()
+)
+# The same, with dimensions of their own, whose indices could be those of the axis too.
+_SPREADS = frozenset(
+    "repeat repeat_interleave stack index index_select gather im2col col2im avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d max_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
+    "upsample_linear1d".split()
 )
 
 
@@ -49,106 +61,252 @@ class Zeros:
     def __init__(self, analysis: Analysis, gm: object) -> None:
         self._analysis = analysis
         self._gm = gm
-        self._memo: dict[tuple[Node, Axis], bool] = {}
+        self._memo: dict[tuple[Place, Axis], bool] = {}
         self._overwritten = _overwritten(analysis.dims)
 
-    def any_zero(self, operands: Sequence[object], leaf: Axis) -> bool:
-        """Whether one of ``operands`` is zero at the masked indices of ``leaf``."""
-        return any(isinstance(o, Node) and self.zero(o, leaf) for o in operands)
+    def any_zero(self, places: Iterable[Place], leaf: Axis) -> bool:
+        """Whether one of ``places`` is zero at the masked indices of ``leaf``."""
+        return any(self.zero(place, leaf) for place in places)
 
-    def zero(self, node: Node, leaf: Axis, depth: int = 0) -> bool:
-        """Whether ``node`` is zero at the masked indices of ``leaf``; False where it has none or that is not known."""
-        key = (node, leaf)
+    def zero(self, place: Place, leaf: Axis, depth: int = 0) -> bool:
+        """Whether ``place`` is zero at the masked indices of ``leaf``; False where it has none or that is not known."""
+        key = (place, leaf)
         if key not in self._memo:
             self._memo[key] = False
-            self._memo[key] = depth < MAX_DEPTH and self._holds(node, leaf) and self._compute(node, leaf, depth + 1)
+            self._memo[key] = (
+                depth < MAX_DEPTH
+                and place.node not in self._overwritten
+                and self.holds(place, leaf)
+                and self._some_zero(self._alternatives(place, leaf), leaf, depth + 1)
+            )
         return self._memo[key]
 
-    def _holds(self, node: Node, leaf: Axis) -> bool:
-        tensors = self._analysis.tensors(node)
-        return any(found is leaf for dims in tensors for axis in dims for found in leaves(axis))
+    def dims(self, node: object, output: int | None = None) -> Dims:
+        """Return the dims of a node's value, or of tensor number ``output`` of it; none of what is no tensor."""
+        value = self._analysis.dims.get(node) if isinstance(node, Node) else None
+        if value and output is not None:
+            value = value[output]
+        return value if value and isinstance(value[0], Axis) else ()
 
-    def _compute(self, node: Node, leaf: Axis, depth: int) -> bool:
-        if node in self._overwritten:
-            return False
+    def holds(self, place: Place, leaf: Axis) -> bool:
+        """Whether the dimension carries ``leaf``."""
+        dims = self.dims(place.node, place.output)
+        return 0 <= place.dim < len(dims) and any(found is leaf for found in leaves(dims[place.dim]))
+
+    def carriers(self, node: object, leaf: Axis) -> list[Place]:
+        """Return every dimension of every tensor of ``node`` that carries ``leaf``."""
+        if not isinstance(node, Node):
+            return []
+        value = self._analysis.dims.get(node) or ()
+        outputs = [None] if not value or isinstance(value[0], Axis) else range(len(value))
+        places = [Place(node, d, o) for o in outputs for d in range(len(self.dims(node, o)))]
+        return [place for place in places if self.holds(place, leaf)]
+
+    def times(self, dims: Dims, leaf: Axis) -> int:
+        """Return how often ``leaf`` occurs in ``dims``."""
+        return sum(found is leaf for axis in dims for found in leaves(axis))
+
+    def _some_zero(self, alternatives: _Alternatives, leaf: Axis, depth: int) -> bool:
+        for places in alternatives:
+            for place in places:
+                if not self.zero(place, leaf, depth):
+                    break
+            else:
+                return True
+        return False
+
+    def _alternatives(self, place: Place, leaf: Axis) -> _Alternatives:
+        node = place.node
         if node.op == "get_attr":
             tensor = get_tensor(self._gm, str(node.target))  # type: ignore[arg-type]
-            return isinstance(tensor, nn.Parameter)
+            return _YES if isinstance(tensor, nn.Parameter) else _NO
         if node.op != "call_function":
-            return False
-        name = base_name(node)
-        if name in _ZERO_FILLS:
-            return True
-        holders = [n for n in node.all_input_nodes if self._holds(n, leaf)]
-        zero = {n for n in holders if self.zero(n, leaf, depth)}
-        return bool(zero) and name in _TESTS and _TESTS[name](node, zero, holders)
+            return _NO
+        test = _TESTS.get(base_name(node))
+        return _NO if test is None else test(self, place, leaf)
 
 
-def _any(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    return True
+def _aligned(zeros: Zeros, place: Place, operand: object) -> list[Place]:
+    """Return the dimension of an operand that broadcasts to ``place``, right-aligned; none of a number."""
+    if not isinstance(operand, Node):
+        return []
+    shift = len(zeros.dims(place.node, place.output)) - len(zeros.dims(operand))
+    return [Place(operand, place.dim - shift)]
 
 
-def _all(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    return len(zero) == len(holders)
+def _given(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    return _YES
 
 
-def _first(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    return node.args[0] in zero
+def _getitem(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    source, output = place.node.args[:2]
+    return [[Place(source, place.dim, output)]]  # type: ignore[arg-type]
 
 
-def _second(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    return node.args[1] in zero
+def _move(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    sources = _listed(place.node.args[0])
+    carriers = [zeros.carriers(source, leaf) for source in sources]
+    return [sum(carriers, [])] if all(carriers) else _NO
 
 
-def _third(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    return node.args[2] in zero
+def _spread(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    sources = _listed(place.node.args[0])
+    before = max((zeros.times(zeros.dims(source), leaf) for source in sources), default=0)
+    after = zeros.times(zeros.dims(place.node, place.output), leaf)
+    return _move(zeros, place, leaf) if after <= before else _NO
 
 
-def _sum(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    return len(zero) == _tensor_count(node) and not any(_is_nonzero(a) for a in node.args[:2])
+def _concatenation(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    holders = [
+        p for source in _listed(place.node.args[0]) for p in _aligned(zeros, place, source) if zeros.holds(p, leaf)
+    ]
+    return [holders] if holders else _NO
 
 
-def _where(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    return all(branch in zero or branch == 0 for branch in node.args[1:3])
+def _first(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    source = place.node.args[0]
+    return [_aligned(zeros, place, source)] if isinstance(source, Node) else _NO
 
 
-def _pad(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    return node.args[0] in zero and not any(_is_nonzero(a) for a in node.args[2:])
+def _second(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    source = place.node.args[1]
+    return [_aligned(zeros, place, source)] if isinstance(source, Node) else _NO
 
 
-def _power(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
+def _sum(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    operands = place.node.args[:2]
+    if any(_is_nonzero(o) for o in operands):
+        return _NO
+    return [[p for o in operands for p in _aligned(zeros, place, o)]]
+
+
+def _product(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    return [_aligned(zeros, place, o) for o in place.node.args[:2] if isinstance(o, Node)]
+
+
+def _where(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    branches = place.node.args[1:3]
+    if any(_is_nonzero(b) for b in branches):
+        return _NO
+    return [[p for b in branches for p in _aligned(zeros, place, b)]]
+
+
+def _pad(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    return _NO if any(_is_nonzero(a) for a in place.node.args[2:]) else _first(zeros, place, leaf)
+
+
+def _power(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
     """``x ** 2``, not ``2 ** x``, and not ``x ** y``, which is 1 where both are 0."""
-    return node.args[0] in zero and isinstance(node.args[1], (int, float)) and node.args[1] > 0
+    exponent = place.node.args[1]
+    return _first(zeros, place, leaf) if isinstance(exponent, (int, float)) and exponent > 0 else _NO
 
 
-def _layer(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    bias = bias_of(node)
-    return weight_of(node) in zero and (not isinstance(bias, Node) or bias in zero)
+def _matmul(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    return _matrix_product(zeros, place, *place.node.args[:2])
 
 
-def _norm(node: Node, zero: AbstractSet[Node], holders: Sequence[Node]) -> bool:
-    name = base_name(node)
+def _matrix_product(zeros: Zeros, place: Place, a: object, b: object) -> _Alternatives:
+    """Rows come from ``a[..., n, k]``, columns from ``b[..., k, m]``, batch dimensions from either; k is gone."""
+    assert isinstance(a, Node) and isinstance(b, Node)
+    rows, columns = len(zeros.dims(a)) > 1, len(zeros.dims(b)) > 1
+    batch = len(zeros.dims(place.node)) - rows - columns
+    if place.dim >= batch + rows:
+        return [[Place(b, len(zeros.dims(b)) - 1)]]
+    if place.dim >= batch:
+        return [[Place(a, len(zeros.dims(a)) - 2)]]
+    found = (Place(n, place.dim - batch + len(zeros.dims(n)) - 2) for n in (a, b))
+    return [[p] for p in found]
+
+
+def _addmm(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    bias, a, b = place.node.args[:3]
+    extra = _aligned(zeros, place, bias)
+    return [[*places, *extra] for places in _matrix_product(zeros, place, a, b)]
+
+
+def _einsum(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    equation, operands = place.node.args[:2]
+    ranks = [len(zeros.dims(o)) for o in operands]  # type: ignore[union-attr]
+    terms, output = einsum_terms(equation, ranks)  # type: ignore[arg-type]
+    letter = output[place.dim]
+    return [
+        [Place(o, d)]  # type: ignore[arg-type]
+        for term, o in zip(terms, operands, strict=True)  # type: ignore[arg-type]
+        for d, other in enumerate(term)
+        if other == letter
+    ]
+
+
+def _outer(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    return [[Place(place.node.args[place.dim], 0)]]  # type: ignore[arg-type]
+
+
+def _layer(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    """Output features come from the weight's; the weight of a transposed convolution has its groups elsewhere."""
+    node, weight, bias = place.node, weight_of(place.node), bias_of(place.node)
+    spatial = 0 if base_name(node) == "linear" else len(zeros.dims(weight)) - 2
+    if place.dim != len(zeros.dims(node)) - 1 - spatial:
+        return _NO
+    carriers = zeros.carriers(weight, leaf)
+    shift = [Place(bias, 0)] if isinstance(bias, Node) else []
+    return [[*carriers, *shift]] if carriers else _NO
+
+
+def _norm(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    node, name = place.node, base_name(place.node)
     weight, bias = _NORMS[name]
-    scale = arg(node, weight, "weight")
-    shift = None if bias is None else arg(node, bias, "bias")
-    if isinstance(scale, Node) and scale in zero:
-        return not isinstance(shift, Node) or shift in zero
-    return name == "rms_norm" and node.args[0] in zero
+    last = name in ("layer_norm", "rms_norm")
+    scale, shift = arg(node, weight, "weight"), None if bias is None else arg(node, bias, "bias")
+    found = [] if name != "rms_norm" else [_aligned(zeros, place, node.args[0])]
+    if isinstance(scale, Node) and (last or place.dim == 1):
+        affine = [n for n in (scale, shift) if isinstance(n, Node)]
+        found.append([p for n in affine for p in (_aligned(zeros, place, n) if last else [Place(n, 0)])])
+    return found
 
 
-_ZERO_FILLS = frozenset({"zeros", "new_zeros", "zeros_like"})
+def _embedding(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    weight = place.node.args[0]
+    return [[Place(weight, 1)]] if place.dim == len(zeros.dims(place.node, place.output)) - 1 else _NO  # type: ignore[arg-type]
+
+
+def _attention(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    """Features and heads of the values; positions are those of the queries."""
+    if place.dim == len(zeros.dims(place.node)) - 2:
+        return _NO
+    return [_aligned(zeros, place, place.node.args[2])]
+
+
+def _recurrent(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
+    """Hidden features are zero where all weights, biases and first states are."""
+    if place.dim != len(zeros.dims(place.node, place.output)) - 1:
+        return _NO
+    return [[p for n in place.node.all_input_nodes for p in zeros.carriers(n, leaf)]]
+
+
 _TESTS: dict[str, _Test] = {
-    **dict.fromkeys((*_STRUCTURE, *ZERO_PRESERVING, *RECURRENT, "getitem"), _all),
+    **dict.fromkeys(_MOVES, _move),
+    **dict.fromkeys(_SPREADS, _spread),
+    **dict.fromkeys(ZERO_PRESERVING - _MOVES, _first),
+    **dict.fromkeys(("expand", "expand_as"), _first),
+    **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _given),
+    **dict.fromkeys(("cat", "concat", "concatenate"), _concatenation),
+    **dict.fromkeys(RECURRENT, _recurrent),
+    "getitem": _getitem,
     **dict.fromkeys(("add", "sub", "rsub"), _sum),
-    **dict.fromkeys("mul multiply matmul mm bmm mv einsum outer ger __and__ logical_and bitwise_and".split(), _any),
-    **dict.fromkeys(("div", "true_divide", "divide", "embedding"), _first),
+    **dict.fromkeys("mul multiply __and__ logical_and bitwise_and".split(), _product),
+    **dict.fromkeys("matmul mm bmm mv".split(), _matmul),
+    **dict.fromkeys(("addmm", "baddbmm"), _addmm),
+    "einsum": _einsum,
+    **dict.fromkeys(("outer", "ger"), _outer),
+    **dict.fromkeys(("div", "true_divide", "divide"), _first),
+    "embedding": _embedding,
     "where": _where,
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "copy": _second,
     "pow": _power,
     **dict.fromkeys((name for name, layer in LAYERS.items() if layer.bias == (2, "bias")), _layer),
     **dict.fromkeys(_NORMS, _norm),
-    "scaled_dot_product_attention": _third,
+    "scaled_dot_product_attention": _attention,
 }
 
 
@@ -178,8 +336,8 @@ def _overwritten(nodes: Iterable[Node]) -> set[Node]:
     }
 
 
-def _tensor_count(node: Node) -> int:
-    return sum(is_tensor(n.meta.get("val")) for n in node.all_input_nodes)
+def _listed(value: object) -> list[object]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _is_nonzero(value: object) -> bool:

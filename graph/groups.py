@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from .axes import CONCAT, LEAF, Axis, factors, find, leaves, pieces
 from .exactness import Zeros
-from .operators import base_name, is_convolution, weight_of
+from .operators import is_convolution, weight_of
 from .rules import Analysis
 from .rules.base import Constraint
 
@@ -201,21 +201,11 @@ def _statistics(an: Analysis, gm: GraphModule, members: dict[Axis, list[Member]]
                 out.setdefault(leaf, []).append(f"{mark.text}: %{mark.node.name} = {mark.node.target}")
     for mark in an.sums:
         for leaf in dict.fromkeys(leaves(mark.axis)):
-            if leaf in members and not zeros.any_zero(_summed(mark.node), leaf):
+            if leaf in members and not zeros.any_zero(mark.places, leaf):
                 out.setdefault(leaf, []).append(
                     f"values that masking does not zero are summed over it: %{mark.node.name} = {mark.node.target}"
                 )
     return out
-
-
-def _summed(node: Node) -> list[Node]:
-    """Return the operands of a sum or contraction."""
-    name = base_name(node)
-    if name == "scaled_dot_product_attention":
-        return [n for n in node.args[:2] if isinstance(n, Node)]
-    if name in ("addmm", "baddbmm"):
-        return [n for n in node.args[1:3] if isinstance(n, Node)]
-    return list(node.all_input_nodes)
 
 
 def _step(leaf: Axis, constraints: Iterable[Constraint]) -> int:

@@ -35,7 +35,7 @@ def attention(an: Analysis, node: Node) -> Dims:
         an.role(axis, "head")
     an.role(q[-1], "head dim")
     an.role(v[-1], "value dim")
-    an.sum_over(q[-1])
+    an.sum_over(q[-1], (node.args[0], -1), (node.args[1], -1))
     return (*batch, q[-2], v[-1])
 
 

@@ -55,6 +55,22 @@ class Role(NamedTuple):
     witnesses: tuple[Axis, ...]
 
 
+class Place(NamedTuple):
+    """One dimension of a node's value: of its only tensor, or of tensor number ``output`` of several."""
+
+    node: Node
+    dim: int
+    output: int | None = None
+
+
+class Sum(NamedTuple):
+    """``node`` sums over ``axis``, the dimensions ``places`` of what it multiplies or adds up."""
+
+    axis: Axis
+    node: Node
+    places: tuple[Place, ...]
+
+
 class Label(NamedTuple):
     """A statistic over ``axis`` is computed at ``node``: removal changes it."""
 
@@ -82,7 +98,7 @@ class Analysis(Axes):
         super().__init__()
         self.dims: dict[Node, Value] = {}
         self.labels: list[Label] = []
-        self.sums: list[Label] = []
+        self.sums: list[Sum] = []
         self.roles: list[Role] = []
         self.softmaxes: list[Axis] = []
         self.constraints: list[Constraint] = []
@@ -110,10 +126,17 @@ class Analysis(Axes):
         assert self.node is not None
         self.labels.append(Label(axis, text, self.node))
 
-    def sum_over(self, axis: Axis) -> None:
-        """Say that the current node sums over ``axis``."""
+    def sum_over(self, axis: Axis, *places: tuple[object, int]) -> None:
+        """Say that the current node sums over ``axis``.
+
+        Args:
+            axis: What is summed over.
+            places: Where the axis is in what is multiplied or added up: ``(operand, dimension)``. The removal is exact
+                if one of them is zero wherever the axis is masked; without any, that is never known.
+        """
         assert self.node is not None
-        self.sums.append(Label(axis, "sum", self.node))
+        found = (Place(n, d % len(self.of(n))) for n, d in places if isinstance(n, Node))
+        self.sums.append(Sum(axis, self.node, tuple(found)))
 
     def role(self, axis: Axis, name: str, *witnesses: Axis) -> None:
         """Say what ``axis`` is to an attention; with ``witnesses``, if a softmax runs over one of them.

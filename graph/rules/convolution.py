@@ -48,7 +48,9 @@ def convolution(an: Analysis, node: Node) -> Dims:
     lead = len(x) - len(weight) + 1  # 1 with a batch dimension, else 0
     an.unify(x[lead], cin)
     if not an.is_masked(weight_of(node)):
-        an.sum_over(cin)
+        # Each group of output channels sums over its own inputs; what goes with a group is no term of a sum.
+        inputs = 0 if is_transposed(node) else 1
+        an.sum_over(weight[inputs], (arg(node, 0, "input"), lead), (weight_of(node), inputs))
     spatial = x[lead + 1 :]
     an.freeze_all(spatial, SPATIAL)
     return (*x[:lead], cout, *_spatial(an, out_sizes(node)[lead + 1 :]))

@@ -15,7 +15,7 @@ def linear(an: Analysis, node: Node) -> Dims:
     """``x[..., i] weight[o, i] bias[o]``."""
     x, weight = an.of(arg(node, 0, "input")), an.of(arg(node, 1, "weight"))
     an.unify(x[-1], weight[-1])
-    _sum_over(an, x[-1], node.args[:2])
+    _sum_over(an, (node.args[0], -1), (node.args[1], -1))
     if len(weight) == 1:
         return x[:-1]
     bias = an.of(arg(node, 2, "bias"))
@@ -32,7 +32,7 @@ def matmul(an: Analysis, node: Node) -> Dims:
 
 def _matmul(an: Analysis, node: Node, a: Dims, b: Dims) -> Dims:
     an.unify(a[-1], b[-2:][0])
-    _sum_over(an, a[-1], node.args[:2])
+    _sum_over(an, (node.args[0], -1), (node.args[1], -2 if len(b) > 1 else -1))
     rows = a[-2:-1] if len(a) > 1 else ()
     columns = b[-1:] if len(b) > 1 else ()
     rank = len(out_sizes(node)) - len(rows) - len(columns)
@@ -46,7 +46,7 @@ def addmm(an: Analysis, node: Node) -> Dims:
     """``bias + a @ b`` and its batched form."""
     bias, a, b = (an.of(n) for n in node.args[:3])
     an.unify(a[-1], b[-2])
-    _sum_over(an, a[-1], node.args[1:3])
+    _sum_over(an, (node.args[1], -1), (node.args[2], -2))
     sizes = out_sizes(node)
     out = (*an.broadcast([a[:-2], b[:-2]], sizes[:-2]), a[-2], b[-1])
     if len(a) > 2 and not an.is_weight(node.args[2]):
@@ -75,8 +75,8 @@ def bilinear(an: Analysis, node: Node) -> Dims:
     x1, x2, weight = (an.of(n) for n in node.args[:3])
     an.unify(x1[-1], weight[1])
     an.unify(x2[-1], weight[2])
-    _sum_over(an, x1[-1], node.args[2:3])
-    _sum_over(an, x2[-1], node.args[2:3])
+    _sum_over(an, (node.args[2], 1), (node.args[0], -1))
+    _sum_over(an, (node.args[2], 2), (node.args[1], -1))
     bias = an.of(arg(node, 3, "bias"))
     if bias:
         an.unify(weight[0], bias[0])
@@ -88,12 +88,7 @@ def einsum(an: Analysis, node: Node) -> Dims:
     """Equal letters are equal axes; a letter that does not come out is summed over."""
     equation, operands = node.args[0], node.args[1]
     assert isinstance(equation, str) and isinstance(operands, (list, tuple))
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if "." in equation or "->" not in equation:
-        for operand in operands:
-            an.freeze_all(an.of(operand), "an einsum with an ellipsis or no output is not followed")
-        return an.fresh(node.meta["val"], "an einsum with an ellipsis or no output is not followed")
+    terms, output = einsum_terms(equation, [len(an.of(operand)) for operand in operands])
     letters: dict[str, Axis] = {}
     for term, operand in zip(terms, operands, strict=True):
         for letter, axis in zip(term, an.of(operand), strict=True):
@@ -105,15 +100,38 @@ def einsum(an: Analysis, node: Node) -> Dims:
     activations = not any(an.is_weight(operand) for operand in operands)
     for letter, axis in letters.items():
         holders = [
-            operand
+            (operand, term.index(letter))
             for term, operand in zip(terms, operands, strict=True)
             if letter in term and an.of(operand)[term.index(letter)].size == axis.size
         ]
         if letter not in output:
-            _sum_over(an, axis, holders)
+            _sum_over(an, *holders)
         if activations and len(operands) == 2:
             _einsum_role(an, letter, letters, terms, output)
     return tuple(letters[letter] for letter in output)
+
+
+def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """Return the letters of each operand's dimensions and of the result's.
+
+    Dimensions of an ellipsis get letters of their own, the same for those that broadcast. Without ``->`` come out the
+    ellipsis, then the letters that occur once, in order.
+
+    Args:
+        equation: As ``torch.einsum`` takes it.
+        ranks: Number of dimensions of each operand.
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms, widest = [], ""
+    for term, rank in zip(inputs.split(","), ranks, strict=True):
+        extra = rank - len(term.replace("...", ""))
+        stretch = "".join(chr(0x2460 + i) for i in reversed(range(extra)))
+        terms.append(term.replace("...", stretch))
+        widest = max(widest, stretch, key=len)
+    if not arrow:
+        letters = inputs.replace(",", "").replace("...", "")
+        output = "..." + "".join(sorted(letter for letter in letters if letters.count(letter) == 1))
+    return terms, output.replace("...", widest)
 
 
 def _einsum_role(an: Analysis, letter: str, letters: dict[str, Axis], terms: list[str], output: str) -> None:
@@ -141,14 +159,15 @@ def grouped_mm(an: Analysis, node: Node) -> Dims:
         value = node.args[1].meta["val"]  # type: ignore[union-attr]
         for axis in (x[1], weight[2] if value.stride(-1) == 1 else weight[1]):
             an.divisible(axis, 16 // value.element_size())
-    _sum_over(an, x[1], node.args[:2])
+    _sum_over(an, (node.args[0], 1), (node.args[1], 1))
     return (x[0], weight[2])
 
 
-def _sum_over(an: Analysis, axis: Axis, operands: Sequence[object]) -> None:
+def _sum_over(an: Analysis, *places: tuple[object, int]) -> None:
     """A contraction with a parameter is exact: the parameter's slice goes. Anything else needs a zero."""
-    if not any(an.is_masked(operand) for operand in operands):
-        an.sum_over(axis)
+    if not any(an.is_masked(operand) for operand, _ in places):
+        operand, dim = places[0]
+        an.sum_over(an.of(operand)[dim], *places)
 
 
 RULES: dict[str, AxesRule] = {

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from ..axes import Axis
 from .base import Analysis, AxesRule, Dims, Value, arg, out_sizes
 
-Mark = Callable[[Analysis, Axis], None]
+Mark = Callable[[Analysis, object, int], None]
 
 
 def _reduced(node: Node, rank: int, index: int, default: int | None) -> list[int]:
@@ -30,7 +29,7 @@ def reducing(mark: Mark, dim_index: int = 1, default: int | None = None) -> Call
         reduced = _reduced(node, len(x), dim_index, default)
         for d in reduced:
             if x[d].size != 1:
-                mark(an, x[d])
+                mark(an, node.args[0], d)
         outputs = node.meta["val"]
         first = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
         if first.dim() == len(x):
@@ -42,16 +41,16 @@ def reducing(mark: Mark, dim_index: int = 1, default: int | None = None) -> Call
     return axes
 
 
-def _statistic(an: Analysis, axis: Axis) -> None:
-    an.label(axis, "a mean is taken over it")
+def _statistic(an: Analysis, operand: object, dim: int) -> None:
+    an.label(an.of(operand)[dim], "a mean is taken over it")
 
 
-def _extremum(an: Analysis, axis: Axis) -> None:
-    an.freeze(axis, "an extremum, order or product is taken over it")
+def _extremum(an: Analysis, operand: object, dim: int) -> None:
+    an.freeze(an.of(operand)[dim], "an extremum, order or product is taken over it")
 
 
-def _sum(an: Analysis, axis: Axis) -> None:
-    an.sum_over(axis)
+def _sum(an: Analysis, operand: object, dim: int) -> None:
+    an.sum_over(an.of(operand)[dim], (operand, dim))
 
 
 def vector_norm(an: Analysis, node: Node) -> Value:

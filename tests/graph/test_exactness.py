@@ -41,6 +41,8 @@ class Model(nn.Module):
             nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
         nn.init.normal_(self.batch_norm.bias)
         self.lstm, self.gru = (kind(WIDTH, HIDDEN, batch_first=True) for kind in (nn.LSTM, nn.GRU))
+        self.square, self.shift = nn.Parameter(torch.randn(HIDDEN, HIDDEN)), nn.Parameter(torch.randn(HIDDEN))
+        self.gain = nn.Parameter(torch.randn(1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.before(x)
@@ -86,6 +88,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).sum((1, 3)).unsqueeze(-1)
 
 
+def rows(y: Tensor) -> Tensor:
+    """``[batch, tokens, HIDDEN, 1]``, to pair every feature with every other one."""
+    return y.unsqueeze(-1)
+
+
+def columns(y: Tensor) -> Tensor:
+    return y.unsqueeze(-2)
+
+
+def pairs(y: Tensor) -> Tensor:
+    """Sum over both dimensions of pairs of features."""
+    return y.sum((-2, -1)).unsqueeze(-1)
+
+
+def key_times_value(y: Tensor) -> Tensor:
+    """Attention without a softmax, in its linear form: features of the keys times those of the values."""
+    key = F.elu(y) + 1
+    return (key.unsqueeze(-2) @ (rows(key) @ columns(y))).squeeze(-2)
+
+
 def even(y: Tensor) -> Tensor:
     """A condition that masking does not change."""
     return torch.arange(y.shape[1])[None, :, None] % 2 == 0
@@ -109,6 +131,15 @@ EXACT: dict[str, Body] = {
     "vector norm": lambda m, y: y.norm(dim=-1, keepdim=True),
     "products of queries and keys": lambda m, y: attend(y, (y + m.table).cos(), y),
     "sum over time first": lambda m, y: total(y.cumsum(1)),
+    "pairs of zeros": lambda m, y: pairs(rows(y) * columns(y)),
+    "pairs, summed where they are zero": lambda m, y: ((rows(y) * columns(y.sigmoid())).sum(-2) @ m.weight)[..., :1],
+    "pairs in an einsum": lambda m, y: torch.einsum("bti,btj->bt", y, y).unsqueeze(-1),
+    "einsum over what is zero": lambda m, y: torch.einsum("...i,...i->...", y, y.sigmoid()).unsqueeze(-1),
+    "product that is zero where it is summed": lambda m, y: (
+        ((columns(y) @ rows(y.sigmoid())) * columns(y))[..., 0, :] @ m.weight[:, :1]
+    ),
+    "one argument repeated": lambda m, y: total(y.repeat(1, 1, 2)),
+    "concatenation with itself": lambda m, y: total(torch.cat([y, y.tanh()], -1)),
 }
 INEXACT: dict[str, Body] = {
     "one added": lambda m, y: total(y + 1),
@@ -135,6 +166,21 @@ INEXACT: dict[str, Body] = {
     "layer norm of heads": lambda m, y: m.layer_norm(heads(y)).sum(2).amax(-1, keepdim=True),
     "products of what is not zero": lambda m, y: attend((y + m.table).sigmoid(), (y + m.table).cos(), y),
     "mean": lambda m, y: y.mean(-1, keepdim=True),
+    "pairs added": lambda m, y: pairs((rows(y) + columns(y)) ** 2),
+    "pairs compared": lambda m, y: ((rows(y) - columns(y)).abs().sum(-1) @ m.weight)[..., :1],
+    "pairs, summed where they are not zero": lambda m, y: ((rows(y) * columns(y.sigmoid())).sum(-1) @ m.weight)[
+        ..., :1
+    ],
+    "pairs, one side expanded": lambda m, y: (
+        (rows(y).expand(-1, -1, -1, HIDDEN) * columns(y.sigmoid())).sum(-1) @ m.weight
+    )[..., :1],
+    "pairs, one side repeated": lambda m, y: (
+        (rows(y).repeat(1, 1, 1, HIDDEN) * columns(y.sigmoid())).sum(-1) @ m.weight
+    )[..., :1],
+    "one number expanded": lambda m, y: total(m.gain.expand_as(y)),
+    "bias of a computed weight": lambda m, y: (y * F.linear(y.sigmoid(), m.square.exp(), m.shift)) @ m.weight[:, :1],
+    "einsum whose other letter is zero": lambda m, y: torch.einsum("bti,btj->bt", y.sigmoid(), y).unsqueeze(-1),
+    "linear attention": lambda m, y: key_times_value(y) @ m.weight[:, :1],
     "cosine of one that is": lambda m, y: F.cosine_similarity(y, y.sigmoid(), dim=-1).unsqueeze(-1),
 }
 
