@@ -50,6 +50,7 @@ class DepGraph:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.version = program.version
         self.analysis = analyse(program)
         #: ``(name, dims, trainable)`` of every tensor the graph reads, tied ones once.
         self.tensors = _tensor_dims(program, self.analysis)
@@ -75,6 +76,14 @@ class DepGraph:
             for leaf, members in found.items()
             if leaf.frozen is not None
         )
+
+    def check_current(self) -> None:
+        """Raise `PreconditionError` if the program was rewritten since."""
+        if self.version != self.program.version:
+            raise PreconditionError(
+                f"this coupling analysis is of {self.program.name} before its last rewrite; call depgraph on the program "
+                "again, and choose indices of the program as it is now"
+            )
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -234,7 +243,7 @@ def check_keep(graph: DepGraph, keep: dict[str, Any]) -> dict[Axis, np.ndarray]:
     """Check kept indices by group name and return them by leaf.
 
     Raises:
-        PreconditionError: A name is unknown; indices are empty, repeated, unsorted or out of range.
+        PreconditionError: A name is unknown; indices are no whole numbers, or empty, repeated, unsorted or out of range.
     """
     out: dict[Axis, np.ndarray] = {}
     for name, indices in keep.items():
@@ -242,7 +251,7 @@ def check_keep(graph: DepGraph, keep: dict[str, Any]) -> dict[Axis, np.ndarray]:
             group = graph[name]
         except KeyError as err:
             raise PreconditionError(str(err.args[0])) from None
-        kept = np.asarray(indices.tolist() if isinstance(indices, Tensor) else list(indices), dtype=np.int64)
+        kept = _as_indices(group, indices)
         if kept.size == 0:
             raise PreconditionError(f"group {name!r} would keep no index; keep at least 1 of {group.size}")
         if (np.diff(kept) <= 0).any():
@@ -259,3 +268,22 @@ def check_keep(graph: DepGraph, keep: dict[str, Any]) -> dict[Axis, np.ndarray]:
         if kept.size < group.size:
             out[find(group.axis)] = kept
     return out
+
+
+def _as_indices(group: CouplingGroup, given: Any) -> np.ndarray:
+    """Return what a caller wants to keep of a group as int64: indices, or a truth value for every index."""
+    try:
+        found = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given)
+    except (ValueError, TypeError, RuntimeError):  # lists of different lengths, dtypes that numpy lacks
+        found = np.asarray(None)
+    if found.dtype == np.bool_ and found.shape == (group.size,):
+        return np.flatnonzero(found)
+    if found.shape == (0,):
+        return found.astype(np.int64)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        what = f"{found.dtype} of shape {list(found.shape)}" if found.dtype != object else repr(given)[:80]
+        raise PreconditionError(
+            f"what stays of group {group.name!r} must be a list of whole numbers from 0 to {group.size - 1}, or "
+            f"{group.size} truth values, got {what}"
+        )
+    return found.astype(np.int64)

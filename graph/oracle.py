@@ -54,6 +54,7 @@ def masked_outputs(graph: DepGraph, keep: Mapping[str, Any], inputs: list[Any]) 
         The flat outputs.
     """
     program = graph.program
+    graph.check_current()
     rz = Resizer(graph.analysis, check_keep(graph, dict(keep)))
     marked = {mark.node for mark in (*graph.analysis.labels, *graph.analysis.sums) if rz.changed(mark.axis)}
     env: dict[Node, Any] = {}

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .errors import InputError
+from .errors import InputError, PreconditionError
 from .guards import check_guards
 
 
@@ -40,8 +40,7 @@ class InputSpec:
     def check(self, value: object) -> None:
         """Raise `InputError` unless ``value`` fits this leaf."""
         if not self.is_tensor:
-            same = value is self.constant or (type(value) is type(self.constant) and value == self.constant)
-            if not same:
+            if not _same_constant(value, self.constant):
                 raise InputError(
                     f"input '{self.name}' was captured as the constant {self.constant!r}, got {value!r}; "
                     "capture the model again with this value"
@@ -98,8 +97,14 @@ class Program:
 
         Raises:
             InputError: An input is missing, unknown, or has another type, dtype or shape than captured.
+            PreconditionError: The program has no weights, only their shapes, and the inputs have values.
         """
-        flat = self.graph_module(*self.flatten(*args, **kwargs))
+        leaves = self.flatten(*args, **kwargs)
+        try:
+            flat = self.graph_module(*leaves)
+        except RuntimeError as err:
+            self._check_device(leaves, err)
+            raise
         return pytree.tree_unflatten(list(flat), self.out_spec)
 
     @property
@@ -168,6 +173,14 @@ class Program:
         self.graph_module.recompile()
         self.version += 1
 
+    def _check_device(self, leaves: Sequence[Any], err: RuntimeError) -> None:
+        weightless = next((name for name, tensor in self.tensors().items() if tensor.is_meta), None)
+        if weightless is not None and any(isinstance(v, Tensor) and not v.is_meta for v in leaves):
+            raise PreconditionError(
+                f"{self.name} cannot compute: '{weightless}' is on the meta device, a shape without values; capture the "
+                "model with its weights, or give inputs on the meta device to get shapes"
+            ) from err
+
     def _arguments(self) -> list[tuple[str, pytree.TreeSpec]]:
         """Return name and structure of every positional argument, then of every keyword argument."""
         found, at = [], 0
@@ -208,6 +221,15 @@ class Program:
             wrong = [f"{what}: {names}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
             raise InputError(f"{self.name} was captured with the keyword inputs {known}; {'; '.join(wrong)}")
         return {key: kwargs[key] for key in known}
+
+
+def _same_constant(value: object, captured: object) -> bool:
+    """Whether a constant input has the type and value of the capture; not-a-number is the same as itself."""
+    if value is captured:
+        return True
+    if type(value) is not type(captured):
+        return False
+    return value == captured or (isinstance(value, (float, complex)) and value != value and captured != captured)
 
 
 class ProgramModule(nn.Module):

@@ -138,19 +138,21 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
 
     Args:
         program: What to shrink.
-        keep: Group name to the sorted indices that stay.
+        keep: Group name to the sorted indices that stay, or to a truth value for every index.
         graph: The program's `depgraph`, if it was made already.
 
     Returns:
         What stayed, by group and by tensor; replayable on the module, on checkpoints, on optimiser state.
 
     Raises:
-        PreconditionError: A group or an index does not exist, or a group norm would not divide its channels.
+        PreconditionError: A group or an index does not exist, a group norm would not divide its channels, or ``graph``
+            was made before the program was last rewritten.
         VerificationError: The rewritten graph is inconsistent (a bug of an operator's rule).
     """
     graph = graph or depgraph(program)
     if graph.program is not program:
         raise PreconditionError("the coupling analysis is of another program; call depgraph on this one")
+    graph.check_current()
     kept = check_keep(graph, dict(keep))
     rz = Resizer(graph.analysis, kept)
     for constraint in graph.analysis.constraints:

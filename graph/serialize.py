@@ -43,8 +43,8 @@ def save_program(program: Program, directory: str | os.PathLike[str]) -> None:
     alone. Of where a node comes from, the module path and the innermost line of the user's code are kept.
 
     Raises:
-        ArtifactError: The program cannot be saved: it calls something that is no registered operator, a tensor
-            has a dtype that safetensors lacks, or a class of its outputs could not be found again.
+        ArtifactError: ``directory`` is a file, or the program cannot be saved: it calls something that is no registered
+            operator, a tensor has a dtype that safetensors lacks, or a class of its outputs could not be found again.
         OSError: The directory cannot be written. Nothing half-written is left.
     """
     document, data = encode_program(program)
@@ -111,8 +111,12 @@ def write(
     """Write a document of `encode_program` and files of tensors, the document last, each by renaming.
 
     Raises:
-        ArtifactError: A tensor has a dtype that safetensors lacks.
+        ArtifactError: ``directory`` is a file, or a tensor has a dtype that safetensors lacks.
     """
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise ArtifactError(
+            f"{directory} is a file; a saved program is a directory, give the name of one or a new name"
+        )
     body = json.dumps({"torch": torch.__version__, **document}, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(body.encode()).hexdigest()
     head = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": digest})

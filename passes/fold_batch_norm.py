@@ -59,6 +59,8 @@ def refusal(gm: GraphModule, norm: Node) -> str | None:
         return f"it follows {getattr(layer, 'target', layer)}, not a convolution or linear layer"
     if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
         return "the linear layer's features are not dimension 1"
+    if layer.target is not aten.linear.default and layer.meta["val"].dim() != layer.args[1].meta["val"].dim():
+        return "the convolution's input has no batch, so that its channels are not dimension 1"
     if len(layer.users) > 1:
         return f"%{layer.name} has {len(layer.users)} users"
     for source in (*layer.args[1:3], *norm.args[1:5]):

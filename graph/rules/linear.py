@@ -139,11 +139,13 @@ def _einsum_role(an: Analysis, letter: str, letters: dict[str, Axis], terms: lis
     summed = [letters[other] for other in letters if other not in output]
     free = [letters[other] for other in output if sum(other in term for term in terms) == 1]
     if letter not in output:
-        an.role(letters[letter], "head dim", *free)
+        role, witnesses = "head dim", free
     elif all(letter in term for term in terms):
-        an.role(letters[letter], "head", *free, *summed)
+        role, witnesses = "head", [*free, *summed]
     else:
-        an.role(letters[letter], "value dim", *summed)
+        role, witnesses = "value dim", summed
+    if witnesses:  # without one, it would be an attention's whatever comes of it
+        an.role(letters[letter], role, *witnesses)
 
 
 def grouped_mm(an: Analysis, node: Node) -> Dims:

@@ -223,3 +223,25 @@ def test_models_on_which_index_maps_never_end_are_analysed_in_a_bounded_number_o
     axes = sum(node[0] == "axis" for node in graph.coupling)
     assert graph.groups
     assert axes < 20 * sum(1 for _ in program.nodes)
+
+
+class Contracted(nn.Module):
+    """Two activations in an einsum, without a softmax anywhere."""
+
+    def __init__(self, equation: str) -> None:
+        super().__init__()
+        self.equation = equation
+        self.a, self.c, self.b = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(64 if "->bcd" in equation else 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.einsum(self.equation, self.a(x), self.c(x))
+        return self.b(out.flatten(1) if out.dim() > 1 else out[:, None])
+
+
+@pytest.mark.parametrize("equation", ["bc,bd->bcd", "bc,bc->b"])
+def test_an_einsum_without_a_softmax_is_no_attention(equation: str) -> None:
+    torch.manual_seed(0)
+    program = capture(Contracted(equation).eval(), (torch.randn(4, 5),))
+    assert {group.kind for group in depgraph(program).groups} == {"hidden"}
+    done = Pipeline([RemoveChannels(ratio=0.5)])(program)
+    assert done.output.tensors()["a.weight"].shape == (4, 5)

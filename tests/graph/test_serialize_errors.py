@@ -185,6 +185,14 @@ def test_replaced_program_leaves_no_other_files(folder: Path) -> None:
     assert sorted(f.name for f in folder.iterdir()) == ["example.safetensors", "model.safetensors", "program.json"]
 
 
+def test_a_file_is_no_directory_to_save_in(tmp_path: Path, program: Program) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ArtifactError, match="is a file; a saved program is a directory"):
+        save_program(program, file)
+    assert file.read_text() == "mine"
+
+
 def test_failed_save_leaves_the_old_program(folder: Path, program: Program) -> None:
     bad = capture(nn.Linear(3, 4), (torch.ones(2, 3),))
     set_tensor(bad.graph_module, "weight", nn.Parameter(torch.ones(4, 3, dtype=torch.complex128)))

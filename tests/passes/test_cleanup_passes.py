@@ -184,6 +184,12 @@ REFUSED = {
         {"line": nn.Linear(16, 4), "first": nn.BatchNorm1d(3)},
         "features are not dimension 1",
     ),
+    "no_batch": (
+        # A convolution's result without a batch is [channels, length], and the batch norm takes lengths for channels.
+        lambda m, x: m.first(m.line(x.flatten(2)[0])),
+        {"line": nn.Conv1d(3, 16, 1), "first": nn.BatchNorm1d(16)},
+        "has no batch",
+    ),
 }
 
 
