@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from graphwright.backends import onnx_export
 from graphwright.tools import sweep_onnx
 from graphwright.tools.sweep_onnx import OnnxRow, sweep, sweep_entry
 from graphwright.tools.zoo import ZOO, missing
@@ -64,17 +66,31 @@ def test_operator_without_onnx_form_is_refused_with_the_reason() -> None:
     assert row.opset == 0 and row.parameters_after < row.parameters_before
 
 
-def test_file_that_computes_something_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphwright.backends import onnx_export
+@pytest.fixture
+def shift(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
+    """Move what a module takes for the program's outputs by a thousandth."""
 
-    def shifted(program, flat):
-        return tuple(v + 1e-3 for v in run(program, flat))
+    def patch(module: ModuleType) -> None:
+        run = module.run_program
+        monkeypatch.setattr(module, "run_program", lambda program, flat: tuple(v + 1e-3 for v in run(program, flat)))
 
-    run = onnx_export.run_program
-    monkeypatch.setattr(onnx_export, "run_program", shifted)
+    return patch
+
+
+def test_file_that_computes_something_else_is_wrong(shift: Callable[[ModuleType], None]) -> None:
+    shift(onnx_export)
+    shift(sweep_onnx)
     row = sweep_entry(entry("shifted", torch.tanh))
     assert row.status == "wrong" and row.reason.startswith("a relative difference of")
-    assert 1e-4 < (row.error or 0) < 1e-2
+    assert 1e-4 < (row.error or 0) < 1e-2 and 1e-4 < (row.error_second or 0) < 1e-2
+
+
+def test_program_that_is_imprecise_itself_is_compared_in_float64(shift: Callable[[ModuleType], None]) -> None:
+    shift(onnx_export)  # stands for a model that amplifies rounding
+    for dynamic, batch in ((None, "dynamic"), ({}, "static")):
+        row = sweep_entry(entry("imprecise", torch.tanh, dynamic))
+        assert (row.status, row.batch) == ("ok", batch) and row.reason.startswith("compared with float64")
+        assert 0 < (row.error or 0) < 1e-5 and 0 < (row.error_second or 0) < 1e-5
 
 
 def test_output_near_zero_is_wrong() -> None:
