@@ -58,7 +58,7 @@ class DepGraph:
     @cached_property
     def groups(self) -> tuple[CouplingGroup, ...]:
         """Every removable axis that a parameter carries, in graph order."""
-        return coupling_groups(self.analysis, self.program.graph_module, self.tensors)
+        return coupling_groups(self.analysis, self.program.graph_module, self.tensors, self.program.group_names)
 
     @cached_property
     def frozen(self) -> tuple[FrozenAxis, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .encoding import decode, decode_target, defining_module, encode, encode_target
 from .errors import ArtifactError, source_line
+from .names import GroupName
 from .program import InputSpec, Program
 from .symbols import SymbolTable, decode_path, encode_path
 from .tensor_records import attach, tensor_records
@@ -45,6 +47,7 @@ def encode_program(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]
         "name": program.name,
         "notes": list(program.notes),
         "guards": list(program.guards),
+        "group_names": [asdict(name) for name in program.group_names],
         "inputs": [_encode_input(spec) for spec in program.inputs],
         "in_spec": encode_spec(program.in_spec),
         "out_spec": encode_spec(program.out_spec),
@@ -91,8 +94,13 @@ def decode_program(
         str(document["name"]),
         tuple(map(str, document["notes"])),
         tuple(map(str, document.get("guards", ()))),
+        tuple(_decode_group_name(data) for data in document.get("group_names", ())),
     )
     return program, table
+
+
+def _decode_group_name(data: Mapping[str, Any]) -> GroupName:
+    return GroupName(str(data["name"]), str(data["tensor"]), int(data["dim"]), tuple(map(int, data["index"])))
 
 
 # ---------------------------------------------------------------------- writing

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.fx import GraphModule
 
 from .axes import CONCAT, LEAF, Axis, factors, find, leaves, pieces
 from .exactness import Zeros
+from .names import GroupName, choose, cut_all, named
 from .operators import is_convolution, weight_of
 from .rules import Analysis
 from .rules.base import Constraint
@@ -113,13 +115,16 @@ def positions(axis: Axis, leaf: Axis) -> np.ndarray:
     return np.concatenate(found, axis=1) if found else none
 
 
-def coupling_groups(an: Analysis, gm: GraphModule, tensors: Sequence[TensorDims]) -> tuple[CouplingGroup, ...]:
+def coupling_groups(
+    an: Analysis, gm: GraphModule, tensors: Sequence[TensorDims], known: Sequence[GroupName] = ()
+) -> tuple[CouplingGroup, ...]:
     """Make one group of every unfrozen leaf that a trained parameter carries, in graph order.
 
     Args:
         an: The axes of the program.
         gm: The program's graph module.
         tensors: Every tensor the graph reads, tied ones once.
+        known: Names that groups had before removals.
     """
     members: dict[Axis, list[Member]] = {}
     conv = {
@@ -138,15 +143,15 @@ def coupling_groups(an: Analysis, gm: GraphModule, tensors: Sequence[TensorDims]
     roles = _by_leaf(an.attention_roles())
     because = _statistics(an, gm, members)
     constraints = _by_leaf((c.axis, c) for c in an.constraints)
-    names: dict[str, int] = {}
+    kinds = [_kind(roles.get(leaf, ()), leaf in conv) for leaf in members]
+    names = _names(list(members.values()), kinds, known)
     out = []
-    for leaf, found in members.items():
-        kind = _kind(roles.get(leaf, ()), leaf in conv)
+    for (leaf, found), kind, name in zip(members.items(), kinds, names, strict=True):
         bound = tuple(constraints.get(leaf, ()))
         reasons = tuple(because.get(leaf, ()))
         out.append(
             CouplingGroup(
-                _name(found, kind, names),
+                name,
                 kind,
                 leaf.size,
                 tuple(found),
@@ -182,13 +187,44 @@ def _kind(roles: Iterable[str], convolved: bool) -> str:
     return "channel" if convolved else "hidden"
 
 
-def _name(members: list[Member], kind: str, taken: dict[str, int]) -> str:
+def _producer(members: Sequence[Member]) -> Member:
     trained = [m for m in members if m.trainable]
-    producer = next((m for m in trained if m.dim == 0 and m.name.endswith("weight")), trained[0])
-    stem = producer.name.removesuffix(".weight")
-    base = f"{stem}:{kind.replace(' ', '-')}"
-    taken[base] = taken.get(base, 0) + 1
-    return base if taken[base] == 1 else f"{base}.{taken[base]}"
+    return next((m for m in trained if m.dim == 0 and m.name.endswith("weight")), trained[0])
+
+
+def _base(producer: Member, kind: str) -> str:
+    return f"{producer.name.removesuffix('.weight')}:{kind.replace(' ', '-')}"
+
+
+def _names(members: Sequence[Sequence[Member]], kinds: Sequence[str], known: Sequence[GroupName]) -> list[str]:
+    producers = [_producer(found) for found in members]
+    bases = [_base(producer, kind) for producer, kind in zip(producers, kinds, strict=True)]
+    noted = {k.tensor for k in known}
+    # Positions matter only where there is a name to look up.
+    none = np.zeros((0, 0), dtype=np.int64)
+    places = [(p.name, p.dim, p.positions() if p.name in noted else none) for p in producers]
+    return choose(bases, places, known)
+
+
+def names_after(
+    groups: Sequence[CouplingGroup], known: Sequence[GroupName], cuts: Mapping[str, Mapping[int, Sequence[int]]]
+) -> tuple[GroupName, ...]:
+    """Return what the analysis after a removal needs to give every group the name it has now.
+
+    Args:
+        groups: Those before the removal.
+        known: What earlier removals noted.
+        cuts: Kept indices by tensor and dimension.
+    """
+    noted = {k.name for k in known}
+    producers = [(g, _producer(g.members)) for g in groups]
+    count = Counter(_base(p, g.kind) for g, p in producers)
+    new = [
+        named(g.name, p.name, p.dim, int(find(p.layout).size), p.positions())
+        for g, p in producers
+        if g.name not in noted and (count[_base(p, g.kind)] > 1 or g.name != _base(p, g.kind))
+    ]
+    return cut_all([*known, *new], cuts)
 
 
 def _statistics(an: Analysis, gm: GraphModule, members: dict[Axis, list[Member]]) -> dict[Axis, list[str]]:

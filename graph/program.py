@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from .errors import InputError, PreconditionError
 from .guards import check_guards
+from .names import GroupName
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Program:
         notes: What capture decided that the caller may want to know, one sentence each.
         guards: Conditions on the sizes of inputs under which the code takes the branches that were captured, in the
             form of `graphwright.graph.guards`; checked at every call.
+        group_names: What removals noted so that coupling groups keep their names.
     """
 
     graph_module: GraphModule
@@ -90,6 +92,7 @@ class Program:
     name: str = "Program"
     notes: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()
+    group_names: tuple[GroupName, ...] = ()
     version: int = field(default=0, compare=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

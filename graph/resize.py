@@ -20,6 +20,7 @@ from torch.fx import Node
 from .axes import Axis, factors, find, leaves
 from .depgraph import DepGraph, check_keep, depgraph
 from .errors import PreconditionError, where
+from .groups import names_after
 from .program import Program, get_tensor, set_tensor, tensor_identity
 from .rules import Resizer, rule_for
 from .rules.base import is_tensor
@@ -37,6 +38,15 @@ class TensorCut:
     def index(self) -> Tensor:
         """``kept`` as a tensor, int64 on the CPU."""
         return torch.tensor(self.kept, dtype=torch.int64)
+
+    def then(self, later: TensorCut, what: str) -> TensorCut:
+        """Return this cut followed by ``later``, in terms of the original indices; ``what`` names it in the error."""
+        if later.of != len(self.kept):
+            raise PreconditionError(
+                f"the first removal left {len(self.kept)} indices of {what}, the second was made for {later.of}; "
+                "join records of removals that followed each other on one program"
+            )
+        return TensorCut(tuple(self.kept[i] for i in later.kept), self.of)
 
 
 @dataclass(frozen=True)
@@ -60,18 +70,20 @@ class RemovalRecord:
         return cut_tensor(name, tensor, self.tensors.get(name, {}))
 
     def then(self, later: RemovalRecord) -> RemovalRecord:
-        """Return the record of this removal followed by ``later``, in terms of the original indices."""
+        """Return the record of this removal followed by ``later``, in terms of the original indices.
+
+        Raises:
+            PreconditionError: ``later`` is not of the program that this removal left.
+        """
         tensors: dict[str, dict[int, TensorCut]] = {n: dict(d) for n, d in self.tensors.items()}
         for name, dims in later.tensors.items():
             for dim, cut in dims.items():
                 first = tensors.setdefault(name, {}).get(dim)
-                tensors[name][dim] = (
-                    cut if first is None else TensorCut(tuple(first.kept[i] for i in cut.kept), first.of)
-                )
+                tensors[name][dim] = cut if first is None else first.then(cut, f"dimension {dim} of '{name}'")
         groups = dict(self.groups)
         for name, cut in later.groups.items():
             first = groups.get(name)
-            groups[name] = cut if first is None else TensorCut(tuple(first.kept[i] for i in cut.kept), first.of)
+            groups[name] = cut if first is None else first.then(cut, f"group '{name}'")
         return RemovalRecord(groups, tensors)
 
     def to_json(self) -> dict[str, Any]:
@@ -180,6 +192,8 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
     work.graph_module.recompile()
     program.graph_module = work.graph_module
     program.version += 1
+    cuts = {name: {d: cut.kept for d, cut in dims.items()} for name, dims in tensors.items()}
+    program.group_names = names_after(graph.groups, program.group_names, cuts)
     groups = {
         name: TensorCut(tuple(np.asarray(rz.kept(graph[name].axis)).tolist()), graph[name].size)
         for name in keep

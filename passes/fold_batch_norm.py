@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..graph.operators import bias_of
+from ..graph.operators import bias_of, weight_of
 from ..graph.program import Program, get_tensor, set_tensor, tensor_identity
 from ..graph.rewriter import Rewriter
 from .base import Context, Pass, PassResult, Skipped
@@ -59,7 +59,7 @@ def refusal(gm: GraphModule, norm: Node) -> str | None:
         return f"it follows {getattr(layer, 'target', layer)}, not a convolution or linear layer"
     if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
         return "the linear layer's features are not dimension 1"
-    if layer.target is not aten.linear.default and layer.meta["val"].dim() != layer.args[1].meta["val"].dim():
+    if layer.target is not aten.linear.default and layer.meta["val"].dim() != weight_of(layer).meta["val"].dim():
         return "the convolution's input has no batch, so that its channels are not dimension 1"
     if len(layer.users) > 1:
         return f"%{layer.name} has {len(layer.users)} users"

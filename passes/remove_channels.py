@@ -10,7 +10,7 @@ divisibility. The result carries the removal record. Paper: DepGraph: Towards An
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
@@ -133,7 +133,9 @@ class RemoveChannels(Pass):
         record, plan = RemovalRecord(), _Plan()
         for step in range(1, self.steps + 1):
             graph = ctx.analysis(depgraph, program)
+            before_step = plan.wanted  # of groups that reached width 1 since, and are none any more
             plan = self._plan(graph, program, ctx, initial, step / self.steps)
+            plan = replace(plan, wanted={**before_step, **plan.wanted})
             if plan.keep:
                 record = record.then(resize(program, plan.keep, graph))
             ctx.report("removal", step, self.steps)
@@ -158,7 +160,7 @@ class RemoveChannels(Pass):
 
     def _plan(self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int], part: float) -> _Plan:
         ratios = {g.name: self._ratio(g) * part for g in graph.groups}
-        groups = [g for g in graph.groups if ratios[g.name] > 0]
+        groups = [g for g in graph.groups if ratios[g.name] > 0 and g.name in initial]
         if not groups:
             return _Plan()
         scores, unscored = self._scores(groups, program, ctx)
