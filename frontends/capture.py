@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import inspect
 import logging
-import operator
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
-from torch.fx.graph import CodeGen
 
 from ..graph.errors import CaptureError
 from ..graph.guards import understood
-from ..graph.program import InputSpec, Program, copy_graph_module
+from ..graph.program import InputSpec, Program
+from .branches import guards_of, without_idle
+from .plain_graph import plain_graph
 
 logger = logging.getLogger(__name__)
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 DynamicDims = Mapping[str, Mapping[int, str]]
-_GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
-_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def capture(
@@ -51,19 +47,19 @@ def capture(
         CaptureError: ``torch.export`` refused the model (its message and the user's source line are kept), an
             input name in ``dynamic`` is unknown, or a dynamic dimension has an example size below 2.
     """
-    kwargs = dict(kwargs or {})
+    named = dict(kwargs or {})
     args = tuple(args)
     weights = next(iter(model.parameters()), None)
     if weights is not None and weights.is_meta:
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-    leaves, in_spec = pytree.tree_flatten((args, kwargs))
-    names = _leaf_names(model, args, kwargs)
+        args, named = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (args, named))
+    leaves, in_spec = pytree.tree_flatten((args, named))
+    names = _leaf_names(model, args, named)
     labels = _dynamic_labels(names, leaves, dynamic)
     notes: list[str] = []
     by_default = dynamic is None and any(labels.values())
     if by_default and any(leaves[i].shape[0] < 2 for i, dims in labels.items() if dims):
         leaves = [_doubled(leaf) if labels.get(i) else leaf for i, leaf in enumerate(leaves)]
-        args, kwargs = pytree.tree_unflatten(leaves, in_spec)
+        args, named = pytree.tree_unflatten(leaves, in_spec)
         notes.append("the example batch was doubled to 2: an example batch of 1 would fix the batch size")
     try:
         with _labels_are_equal(model, names, labels):
@@ -78,18 +74,13 @@ def capture(
         labels = {}
         notes.append(f"the batch is static: {_first_line(_capture_error(model, err))}")
         logger.warning("%s: %s", type(model).__name__, notes[-1])
-    gm = exported.module(check_guards=False)
-    assert isinstance(gm, GraphModule)
-    out_spec = gm._out_spec
-    gm.graph.set_codegen(CodeGen())
-    _flatten_output(gm)
-    _inline_mode_regions(gm)
-    _drop_checks(gm)
-    gm = copy_graph_module(gm)  # without the input checks that torch.export hooks to its module
-    gm.graph.lint()
-    guards = _guards(model, exported, names)
+    gm, out_spec = plain_graph(exported)
+    guards = guards_of(model, exported, names)
     notes += [f"not checked when it runs: {text}" for text in guards if not understood(text, names)]
     guards = [text for text in guards if understood(text, names)]
+    guards = without_idle(
+        guards, gm, names, leaves, labels, lambda larger: plain_graph(_export(model, larger, in_spec, {}))[0]
+    )
     inputs = tuple(
         _input_spec(name, leaf, labels.get(i, {})) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
     )
@@ -145,23 +136,6 @@ def _labels_are_equal(model: nn.Module, names: list[str], labels: dict[int, dict
         hook.remove()
 
 
-def _guards(model: nn.Module, exported: torch.export.ExportedProgram, names: list[str]) -> list[str]:
-    """Return the conditions on sizes that the trace met, in the form of `graph.guards`."""
-    parameters = inspect.signature(model.forward).parameters
-    kinds = {name: parameter.kind for name, parameter in parameters.items()}
-
-    def size(match: re.Match[str]) -> str:
-        head, *rest = re.findall(r"\['?([^\]']+)'?\]", match[1])
-        if kinds.get(head) is inspect.Parameter.VAR_POSITIONAL and rest:
-            head, *rest = f"arg{rest[0]}", *rest[1:]
-        elif kinds.get(head) is inspect.Parameter.VAR_KEYWORD and rest:
-            head, *rest = rest
-        return f"size({'.'.join([head, *rest])!r}, {match[2]})"
-
-    texts = [re.sub(r"L((?:\[[^\]]+\])+)\.size\(\)\[(\d+)\]", size, text) for text in exported._guards_code]
-    return list(dict.fromkeys(texts))
-
-
 def _match_leaves(bound: list[Any], leaves: list[Any]) -> list[int]:
     free = list(range(len(leaves)))
     order = []
@@ -172,7 +146,7 @@ def _match_leaves(bound: list[Any], leaves: list[Any]) -> list[int]:
     return order
 
 
-def _leaf_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+def _leaf_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     try:
         positional = list(inspect.signature(model.forward).bind_partial(*args).arguments)
         inspect.signature(model.forward).bind(*args, **kwargs)
@@ -184,7 +158,7 @@ def _leaf_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     paths, _ = pytree.tree_flatten_with_path((args, kwargs))
     names = []
     for path, _leaf in paths:
-        side, first, *rest = path
+        side, first, *rest = cast(Any, path)
         head = positional[first.idx] if side.idx == 0 else str(first.key)
         names.append(".".join([head, *(str(getattr(key, "key", getattr(key, "idx", key))) for key in rest)]))
     return names
@@ -255,81 +229,3 @@ def _capture_error(model: nn.Module, err: Exception) -> CaptureError:
     else:
         advice = "run torch.export.export(model, args, kwargs, strict=False) for the full report"
     return CaptureError(f"torch.export could not capture {type(model).__name__}: {message.strip()}\n{advice}")
-
-
-def _flatten_output(gm: GraphModule) -> None:
-    output = next(iter(reversed(gm.graph.nodes)))
-    assert output.op == "output"
-    leaves, _ = pytree.tree_flatten(output.args[0])
-    output.args = (tuple(leaves),)
-
-
-def _drop_checks(gm: GraphModule) -> None:
-    """Erase export's guards and metadata assertions: the Program checks its inputs itself."""
-    for node in reversed(list(gm.graph.nodes)):
-        name = getattr(node.target, "__name__", str(node.target))
-        is_check = (node.op == "call_module" and str(node.target).startswith("_guards")) or (
-            node.op == "call_function" and name.startswith(("_assert_", "sym_constrain", "_assert."))
-        )
-        if is_check and not node.users:
-            gm.graph.erase_node(node)
-    # What only fed a check (comparisons of sizes) is left without users.
-    for node in reversed(list(gm.graph.nodes)):
-        if node.op == "call_function" and not node.users and _is_scalar_arithmetic(node):
-            gm.graph.erase_node(node)
-
-
-def _is_scalar_arithmetic(node: Node) -> bool:
-    module = getattr(node.target, "__module__", "")
-    # Read by nobody, `item` is what a check of values left behind; the verifier cannot follow it without its symbol.
-    reads = (torch.ops.aten.sym_size.int, torch.ops.aten.item.default, torch.sym_ite, torch.sym_not)
-    return module in ("_operator", "math") or node.target in reads
-
-
-def _inline_mode_regions(gm: GraphModule) -> None:
-    """Replace regions under a changed gradient or autocast mode by their body.
-
-    Both modes are facts of how the model was written, not of what it computes here: a captured program is
-    differentiated through parameters, and these regions make tables (rotary embeddings, masks). A region
-    under *enabled* autocast does change the numbers and stays, so that the analysis freezes it.
-    """
-    for node in list(gm.graph.nodes):
-        if node.target is _GRAD_MODE:
-            body_node, inputs = node.args[1], node.args[2:]
-        elif node.target is _AUTOCAST and not node.args[2]:
-            body_node, inputs = node.args[4], node.args[5:]
-        else:
-            continue
-        body = getattr(gm, body_node.target)
-        _inline_mode_regions(body)
-        with gm.graph.inserting_before(node):
-            result = _inline(gm, str(body_node.target), body, inputs)
-        for user in list(node.users):
-            if user.target is operator.getitem and isinstance(result, (tuple, list)):
-                user.replace_all_uses_with(result[user.args[1]])
-                gm.graph.erase_node(user)
-            else:
-                user.replace_input_with(node, result)
-        gm.graph.erase_node(node)
-        if not body_node.users:
-            gm.graph.erase_node(body_node)
-            delattr(gm, body_node.target)
-
-
-def _inline(gm: GraphModule, name: str, body: GraphModule, inputs: Sequence[Any]) -> Any:
-    """Copy the nodes of ``body`` to the insertion point; return what it returns, in terms of the copies."""
-    env: dict[Node, Any] = {}
-    placeholders = iter(inputs)
-    for inner in body.graph.nodes:
-        if inner.op == "placeholder":
-            env[inner] = next(placeholders)
-        elif inner.op == "output":
-            return torch.fx.map_arg(inner.args[0], env.__getitem__)
-        elif inner.op == "get_attr":
-            target = f"{name}_{inner.target}".replace(".", "_")
-            gm.register_buffer(target, getattr(body, inner.target), persistent=False)
-            env[inner] = gm.graph.get_attr(target)
-            env[inner].meta = dict(inner.meta)
-        else:
-            env[inner] = gm.graph.node_copy(inner, env.__getitem__)
-    raise AssertionError("a graph has an output")

@@ -66,13 +66,18 @@ def check_guards(program: str, guards: Sequence[str], sizes: Sizes) -> None:
         sizes: Shapes of the tensor inputs, by name.
     """
     for text in guards:
-        if not _evaluate(_parsed(text), sizes):
-            used = [n.args[0].value for n in ast.walk(_parsed(text)) if isinstance(n, ast.Call) and _is_size(n)]
-            got = ", ".join(f"'{name}' of shape {list(sizes[name])}" for name in dict.fromkeys(used))
+        if not holds(text, sizes):
+            used = {n.value for n in ast.walk(_parsed(text)) if isinstance(n, ast.Constant)}
+            got = ", ".join(f"'{name}' of shape {list(shape)}" for name, shape in sizes.items() if name in used)
             raise InputError(
                 f"{program} was captured where {text}, since its code branches on that, got {got}; capture it again "
                 "with an example of such a size"
             )
+
+
+def holds(text: str, sizes: Sizes) -> bool:
+    """Whether a condition holds for the shapes of the tensor inputs."""
+    return bool(_evaluate(_parsed(text), sizes))
 
 
 class _Any(Sequence[int]):

@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import Node, map_arg
 
+from .cost import example_shape
 from .errors import PreconditionError
 from .program import InputSpec, Program
 from .verify import fake_mode, fake_tensor
@@ -72,17 +73,41 @@ class Rewriter:
         Raises:
             PreconditionError: The name is taken, or no input has one of the labels.
         """
+        shape = tuple(example.shape) if shape is None else tuple(shape)
+        sizes = [self._size(label) if isinstance(label, str) else label for label in shape]
+        return self._input(name, example, shape, fake_tensor(fake_mode(self.program.graph_module), example, sizes))
+
+    def placeholder_like(self, name: str, like: Node) -> Node:
+        """Add an input for values that ``like`` gives in a run of this program, with its dynamic dimensions.
+
+        The example is drawn from a normal distribution. A dimension of a size that no input has, such as half of a
+        dynamic height, is a dynamic dimension of its own: ``<name>_<dimension>``.
+
+        Raises:
+            PreconditionError: The name is taken.
+        """
+        value = like.meta["val"]
+        labels = {str(self._size(d)): d for spec in self.program.inputs for d in spec.shape if isinstance(d, str)}
+        shape = tuple(
+            size if isinstance(size, int) else labels.get(str(size), f"{name}_{d}")
+            for d, size in enumerate(value.shape)
+        )
+        device = next((leaf.device for leaf in self.program.example if isinstance(leaf, Tensor)), value.device)
+        example = torch.empty(example_shape(value), dtype=value.dtype, device=device)
+        if not example.is_meta:
+            example = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+        return self._input(name, example, shape, value)
+
+    def _input(self, name: str, example: Tensor, shape: tuple[int | str, ...], value: Any) -> Node:
         program, graph = self.program, self.program.graph_module.graph
         if not name.isidentifier() or any(name == spec.name.partition(".")[0] for spec in program.inputs):
             raise PreconditionError(
                 f"{self.rule} cannot add the input '{name}': it is taken or no name; choose another"
             )
-        shape = tuple(example.shape) if shape is None else tuple(shape)
         old = graph.find_nodes(op="placeholder")
-        sizes = [self._size(label) if isinstance(label, str) else label for label in shape]
         after = old[-1] if old else None
         with graph.inserting_after(after) if after else graph.inserting_before(next(iter(graph.nodes))):
-            node = self._mark(graph.placeholder(name), fake_tensor(fake_mode(program.graph_module), example, sizes))
+            node = self._mark(graph.placeholder(name), value)
         args, kwargs = program.in_spec.children()
         keys = [*(kwargs.context or ()), name]
         keywords = pytree.TreeSpec(dict, keys, [*kwargs.children(), pytree.tree_structure(0)])

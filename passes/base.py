@@ -11,7 +11,8 @@ from typing import Any, ClassVar, TypeVar, final
 
 from torch import Tensor
 
-from ..graph.errors import GraphwrightError, VerificationError
+from ..graph.errors import GraphwrightError, PreconditionError, VerificationError
+from ..graph.plan import Plan
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord
 from ..graph.verify import verify
@@ -39,12 +40,14 @@ class PassResult:
         stats: Named counts, in the unit the name states.
         skipped: Sites that matched but were refused, each with a reason.
         removal: Which indices stayed, for passes that shrink tensors.
+        output: What the program became, for passes that make several programs of it; the program is one of them.
     """
 
     modified: bool
     stats: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     skipped: tuple[Skipped, ...] = ()
     removal: RemovalRecord | None = None
+    output: Plan | None = None
 
 
 @dataclass
@@ -86,10 +89,12 @@ class Pass(ABC):
         name: In recipes and reports.
         only_resizes: Whether `rewrite` changes the program by `resize` alone, which compiles and verifies what it
             leaves, so that doing both once more would find nothing.
+        applies_to_plans: Whether each program of a plan can be rewritten for itself.
     """
 
     name: ClassVar[str]
     only_resizes: ClassVar[bool] = False
+    applies_to_plans: ClassVar[bool] = False
 
     def requires(self, program: Program) -> None:  # noqa: B027 (a hook, not abstract)
         """Raise `PreconditionError` when ``program`` is outside this pass's domain."""
@@ -114,12 +119,34 @@ class Pass(ABC):
         result = self.rewrite(program, ctx or Context())
         if not result.modified and fingerprint(program) != before:
             raise VerificationError(f"{self.name} changed the program but reported modified=False")
-        if not (result.modified and self.only_resizes):
+        if result.output is not None:
+            result.output.check()
+        elif not (result.modified and self.only_resizes):
             if result.modified:
                 program.changed()
             verify(program)
         self.ensures(program, result)
         return result
+
+    @final
+    def on_plan(self, plan: Plan, ctx: Context) -> PassResult:
+        """Apply the pass to every program of a plan.
+
+        Returns:
+            The numbers of all programs added up.
+
+        Raises:
+            PreconditionError: The pass can only be applied before a plan is made.
+        """
+        if not self.applies_to_plans:
+            raise PreconditionError(
+                f"{self.name} rewrites one program, and the passes before it made a plan of {len(plan.stages)} programs "
+                "that share tensors; put it before the pass that makes the plan"
+            )
+        results = [self(stage.program, ctx) for stage in plan.stages.values()]
+        stats = {key: sum(r.stats.get(key, 0) for r in results) for r in results for key in r.stats}
+        skipped = tuple(s for r in results for s in r.skipped)
+        return PassResult(any(r.modified for r in results), stats, skipped)
 
     def __str__(self) -> str:
         """Return ``name{option=value, ...}`` with the options that differ from their defaults."""
@@ -148,11 +175,11 @@ class PipelineResult:
     """What a pipeline gave.
 
     Attributes:
-        output: The rewritten program; the one that was passed in is unchanged.
+        output: The rewritten program, or the plan that a pass made of it; the program passed in is unchanged.
         records: One per pass, in order.
     """
 
-    output: Program
+    output: Program | Plan
     records: tuple[Record, ...]
 
     @property
@@ -183,16 +210,18 @@ class Pipeline:
             GraphwrightError: What the failing pass raised, with a note of which pass and which came before.
         """
         context = context or Context()
-        work, records = program.copy(), list[Record]()
+        records = list[Record]()
+        work: Program | Plan = program.copy()
         for i, step in enumerate(self.passes):
             context.report(step.name, i, len(self.passes))
             start = time.perf_counter()
             try:
-                result = step(work, context)
+                result = step(work, context) if isinstance(work, Program) else step.on_plan(work, context)
             except GraphwrightError as err:
                 done = ", ".join(r.name for r in records) or "none"
                 err.add_note(f"in pass {step}; passes already applied: {done}")
                 raise
+            work = result.output or work
             records.append(Record(step.name, str(step), time.perf_counter() - start, result))
         context.report("done", len(self.passes), len(self.passes))
         return PipelineResult(work, tuple(records))

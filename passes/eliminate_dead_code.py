@@ -23,20 +23,26 @@ class EliminateDeadCode(Pass):
     """Erase every node without users that has no effect, and the parameters only they read."""
 
     name: ClassVar[str] = "eliminate-dead-code"
+    applies_to_plans: ClassVar[bool] = True
 
     def rewrite(self, program: Program, ctx: Context) -> PassResult:
-        gm = program.graph_module
         before = len(program.tensors())
-        erased = 0
-        for node in reversed(list(gm.graph.nodes)):
-            if not node.users and not has_effect(node):
-                gm.graph.erase_node(node)
-                erased += 1
-        if erased:
-            gm.delete_all_unused_submodules()
-            drop_unread(gm)
-        unread = before - len(program.tensors())
-        return PassResult(erased > 0, {"nodes_removed": erased, "tensors_dropped": unread})
+        erased = eliminate(program)
+        return PassResult(erased > 0, {"nodes_removed": erased, "tensors_dropped": before - len(program.tensors())})
+
+
+def eliminate(program: Program) -> int:
+    """Erase the nodes that nothing uses and that have no effect, drop tensors nobody reads; return how many nodes."""
+    gm = program.graph_module
+    erased = 0
+    for node in reversed(list(gm.graph.nodes)):
+        if not node.users and not has_effect(node):
+            gm.graph.erase_node(node)
+            erased += 1
+    if erased:
+        gm.delete_all_unused_submodules()
+        drop_unread(gm)
+    return erased
 
 
 def has_effect(node: Node) -> bool:

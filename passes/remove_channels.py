@@ -156,7 +156,7 @@ class RemoveChannels(Pass):
             for g, w in zip(groups, widths, strict=True)
             if w.after == w.before
         )
-        return RemovalResult(bool(record.groups), stats, skipped, record, tuple(widths))
+        return RemovalResult(bool(record.groups), stats, skipped, record, widths=tuple(widths))
 
     def _plan(self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int], part: float) -> _Plan:
         ratios = {g.name: self._ratio(g) * part for g in graph.groups}

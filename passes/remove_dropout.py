@@ -32,6 +32,7 @@ class RemoveDropout(Pass):
     """Forward the input of every inference-mode dropout to its users."""
 
     name: ClassVar[str] = "remove-dropout"
+    applies_to_plans: ClassVar[bool] = True
 
     def rewrite(self, program: Program, ctx: Context) -> PassResult:
         graph = program.graph_module.graph

@@ -200,10 +200,13 @@ class BySize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[0]
-        return self.a(x) if (n > 4 if self.first == "many" else n % 2 == 0) else self.b(x)
+        if self.first == "contiguous" and n >= 64:
+            x = x.contiguous()
+        first = {"many": lambda: n > 4, "few": lambda: n < 64, "even": lambda: n % 2 == 0}.get(self.first, lambda: True)
+        return self.a(x) if first() else self.b(x)
 
 
-@pytest.mark.parametrize(("first", "good", "bad"), [("many", 5, 4), ("even", 4, 7)])
+@pytest.mark.parametrize(("first", "good", "bad"), [("many", 5, 4), ("few", 63, 64), ("even", 4, 7)])
 def test_a_size_of_another_branch_than_the_captured_one_is_refused(first: str, good: int, bad: int) -> None:
     model = BySize(first).eval()
     program = gw.capture(model, (torch.randn(8, 5),))
@@ -211,6 +214,15 @@ def test_a_size_of_another_branch_than_the_captured_one_is_refused(first: str, g
     assert torch.equal(program(x), model(x))
     with pytest.raises(gw.InputError, match=rf"captured where .*size\('x', 0\).*got 'x' of shape \[{bad}, 5\]"):
         program(torch.randn(bad, 5))
+
+
+def test_a_branch_that_computes_the_same_is_no_condition() -> None:
+    model = BySize("contiguous").eval()
+    program = gw.capture(model, (torch.randn(8, 5),))
+    assert program.guards == ()
+    for n in (3, 63, 64, 200):
+        x = torch.randn(n, 5)
+        assert torch.equal(program(x), model(x))
 
 
 def test_one_tensor_given_twice_is_two_inputs() -> None:

@@ -50,5 +50,5 @@ def test_anything_else_is_not_understood(text: str) -> None:
 
 
 def test_the_message_has_the_sizes_it_is_about() -> None:
-    with pytest.raises(InputError, match=r"got 'a.b' of shape \[3\], 'x' of shape \[6, 4\]"):
+    with pytest.raises(InputError, match=r"got 'x' of shape \[6, 4\], 'a.b' of shape \[3\]"):
         check_guards("Net", ["size('a.b', 0) == size('x', 0)"], SIZES)

@@ -1,0 +1,110 @@
+"""From the graph that `torch.export` gives to the one that a Program holds: flat, without checks and mode regions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+
+from ..graph.program import copy_graph_module
+
+_GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
+
+def plain_graph(exported: torch.export.ExportedProgram) -> tuple[GraphModule, pytree.TreeSpec]:
+    """Return the graph of an exported program, which returns a flat tuple, and the structure of its result."""
+    gm = exported.module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    out_spec = gm._out_spec
+    assert out_spec is not None
+    gm.graph.set_codegen(CodeGen())
+    _flatten_output(gm)
+    _inline_mode_regions(gm)
+    _drop_checks(gm)
+    gm = copy_graph_module(gm)  # without the input checks that torch.export hooks to its module
+    gm.graph.lint()
+    return gm, out_spec
+
+
+def _flatten_output(gm: GraphModule) -> None:
+    output = next(iter(reversed(gm.graph.nodes)))
+    assert output.op == "output"
+    leaves, _ = pytree.tree_flatten(output.args[0])
+    output.args = (tuple(leaves),)
+
+
+def _drop_checks(gm: GraphModule) -> None:
+    """Erase export's guards and metadata assertions: the Program checks its inputs itself."""
+    for node in reversed(list(gm.graph.nodes)):
+        name = getattr(node.target, "__name__", str(node.target))
+        is_check = (node.op == "call_module" and str(node.target).startswith("_guards")) or (
+            node.op == "call_function" and name.startswith(("_assert_", "sym_constrain", "_assert."))
+        )
+        if is_check and not node.users:
+            gm.graph.erase_node(node)
+    # What only fed a check (comparisons of sizes) is left without users.
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op == "call_function" and not node.users and _is_scalar_arithmetic(node):
+            gm.graph.erase_node(node)
+
+
+def _is_scalar_arithmetic(node: Node) -> bool:
+    module = getattr(node.target, "__module__", "")
+    # Read by nobody, `item` is what a check of values left behind; the verifier cannot follow it without its symbol.
+    reads = (torch.ops.aten.sym_size.int, torch.ops.aten.item.default, torch.sym_ite, torch.sym_not)
+    return module in ("_operator", "math") or node.target in reads
+
+
+def _inline_mode_regions(gm: GraphModule) -> None:
+    """Replace regions under a changed gradient or autocast mode by their body.
+
+    Both modes are facts of how the model was written, not of what it computes here: a captured program is
+    differentiated through parameters, and these regions make tables (rotary embeddings, masks). A region
+    under *enabled* autocast does change the numbers and stays, so that the analysis freezes it.
+    """
+    for node in list(gm.graph.nodes):
+        if node.target is _GRAD_MODE:
+            body_node, inputs = node.args[1], node.args[2:]
+        elif node.target is _AUTOCAST and not node.args[2]:
+            body_node, inputs = node.args[4], node.args[5:]
+        else:
+            continue
+        body = getattr(gm, body_node.target)
+        _inline_mode_regions(body)
+        with gm.graph.inserting_before(node):
+            result = _inline(gm, str(body_node.target), body, inputs)
+        for user in list(node.users):
+            if user.target is operator.getitem and isinstance(result, (tuple, list)):
+                user.replace_all_uses_with(result[user.args[1]])
+                gm.graph.erase_node(user)
+            else:
+                user.replace_input_with(node, result)
+        gm.graph.erase_node(node)
+        if not body_node.users:
+            gm.graph.erase_node(body_node)
+            delattr(gm, body_node.target)
+
+
+def _inline(gm: GraphModule, name: str, body: GraphModule, inputs: Sequence[Any]) -> Any:
+    """Copy the nodes of ``body`` to the insertion point; return what it returns, in terms of the copies."""
+    env: dict[Node, Any] = {}
+    placeholders = iter(inputs)
+    for inner in body.graph.nodes:
+        if inner.op == "placeholder":
+            env[inner] = next(placeholders)
+        elif inner.op == "output":
+            return torch.fx.map_arg(inner.args[0], env.__getitem__)
+        elif inner.op == "get_attr":
+            target = f"{name}_{inner.target}".replace(".", "_")
+            gm.register_buffer(target, getattr(body, inner.target), persistent=False)
+            env[inner] = gm.graph.get_attr(target)
+            env[inner].meta = dict(inner.meta)
+        else:
+            env[inner] = gm.graph.node_copy(inner, env.__getitem__)
+    raise AssertionError("a graph has an output")

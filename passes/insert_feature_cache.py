@@ -1,0 +1,91 @@
+"""Feature cache of a U-Net at a skip connection (DeepCache, arXiv 2312.00858).
+
+before: y = decoder(cat(deep(x), skip(x)))
+after:  refresh: F = deep(x); y = decoder(cat(F, skip(x))); return y, F
+        reuse:   y = decoder(cat(F, skip(x))), with the F of an earlier evaluation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..graph.cost import cost
+from ..graph.errors import PreconditionError
+from ..graph.joins import SkipJoin, skip_joins
+from ..graph.plan import Plan
+from ..graph.program import Program
+from ..graph.schedules import REUSE, Schedule, Uniform
+from .base import Context, Pass, PassResult
+from .cache_cuts import cut_stages
+
+REGISTER = "cached_feature"
+
+
+@dataclass(frozen=True)
+class InsertFeatureCache(Pass):
+    """Keep the decoder's input at one skip connection for several evaluations.
+
+    Attributes:
+        interval_steps: A full evaluation every so many steps; 1 caches nothing.
+        branch: Number of the skip connection, 0 is the shallowest. A small number is fast and less accurate.
+        schedule: Takes the place of ``interval_steps`` where it is given.
+        timestep: Name of the input that holds the time.
+    """
+
+    name: ClassVar[str] = "insert-feature-cache"
+
+    interval_steps: int = 3
+    branch: int = 0
+    schedule: Schedule | None = None
+    timestep: str = "timestep"
+
+    def requires(self, program: Program) -> None:
+        joins = skip_joins(program)
+        if not joins:
+            raise PreconditionError(
+                f"{self.name} needs a network with skip connections that are concatenated, and {program.name} has none; "
+                "for a transformer use insert-layer-cache"
+            )
+        if not 0 <= self.branch < len(joins):
+            raise PreconditionError(
+                f"{self.name} has no branch {self.branch}: {program.name} has {len(joins)} skip connections, numbered "
+                f"from 0 (the shallowest) to {len(joins) - 1}"
+            )
+        require_timestep(self.name, program, self.timestep)
+
+    def rewrite(self, program: Program, ctx: Context) -> PassResult:
+        join = skip_joins(program)[self.branch]
+        inputs, name, full = program.inputs, program.name, cost(program).total_macs
+        stages = cut_stages(program, self.name, {REGISTER: join.main}, {REUSE: {REGISTER}})
+        schedule = self.schedule or Uniform(self.interval_steps)
+        plan = Plan(stages, schedule, inputs, self.timestep, name, (_note(join),))
+        reuse = stages[REUSE].program
+        stats = {
+            "branch": self.branch,
+            "macs_refresh": full,
+            "macs_reuse": cost(reuse).total_macs,
+            "nodes_refresh": sum(1 for _ in program.nodes),
+            "nodes_reuse": sum(1 for _ in reuse.nodes),
+            "register_bytes": join.main.meta["val"].element_size() * _elements(plan),
+        }
+        return PassResult(True, stats, output=plan)
+
+
+def require_timestep(rule: str, program: Program, timestep: str) -> None:
+    """Raise `PreconditionError` unless the program has an input of that name."""
+    names = [spec.name for spec in program.inputs if spec.is_tensor]
+    if timestep not in names:
+        raise PreconditionError(
+            f"{rule} needs to know the time, and {program.name} has no input '{timestep}'; its inputs are "
+            f"{', '.join(names)}: set timestep to one of them"
+        )
+
+
+def _note(join: SkipJoin) -> str:
+    return f"the feature that enters {join.module or 'the network'} at {join.node.name} is kept"
+
+
+def _elements(plan: Plan) -> int:
+    stage = plan.stages[REUSE].program
+    return next(v.numel() for s, v in zip(stage.inputs, stage.example, strict=True) if s.name == REGISTER)
