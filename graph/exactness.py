@@ -299,7 +299,7 @@ _TESTS: dict[str, _Test] = {
     "einsum": _einsum,
     **dict.fromkeys(("outer", "ger"), _outer),
     **dict.fromkeys(("div", "true_divide", "divide"), _first),
-    "embedding": _embedding,
+    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), _embedding),
     "where": _where,
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "copy": _second,

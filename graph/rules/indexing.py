@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from .base import Analysis, AxesRule, Dims, arg, out_sizes
+from .base import Analysis, AxesRule, Dims, Value, arg, out_sizes
 
 BY_DATA = "indexed by data"
 
@@ -15,6 +15,26 @@ def embedding(an: Analysis, node: Node) -> Dims:
     weight, index = an.of(node.args[0]), an.of(node.args[1])
     an.freeze(weight[0], "vocabulary")
     return (*index, *weight[1:])
+
+
+def embedding_bag(an: Analysis, node: Node) -> Value:
+    """``weight[vocabulary, width]`` looked up, and added up or averaged in bags; the other results are bookkeeping."""
+    weight, outputs = an.of(node.args[0]), node.meta["val"]
+    an.freeze(weight[0], "vocabulary")
+    for source in node.all_input_nodes:
+        if source is not node.args[0]:
+            an.freeze_all(an.of(source), BY_DATA)
+    if arg(node, 4, "mode", 0) == 2:
+        an.freeze(weight[1], "an extremum is taken, and where it is")
+    bags = an.fresh(outputs[0], BY_DATA)[0]
+    return ((bags, weight[1]), *(an.fresh(value, BY_DATA) for value in outputs[1:]))
+
+
+def embedding_renorm(an: Analysis, node: Node) -> Dims:
+    """Rows of the table whose norm is above ``max_norm`` are rewritten in place, whenever the model runs."""
+    weight = an.of(node.args[0])
+    an.freeze_all((*weight, *an.of(node.args[1])), "an embedding with max_norm rewrites its rows by their norm")
+    return weight
 
 
 def index(an: Analysis, node: Node) -> Dims:
@@ -144,6 +164,9 @@ def section_scatter(an: Analysis, node: Node) -> Dims:
 
 RULES: dict[str, AxesRule] = {
     "embedding": AxesRule(embedding),
+    "embedding_bag": AxesRule(embedding_bag),
+    "_embedding_bag": AxesRule(embedding_bag),
+    "embedding_renorm": AxesRule(embedding_renorm),
     "index": AxesRule(index),
     "_unsafe_index": AxesRule(index),
     "index_put": AxesRule(index_put),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.fx import Node
@@ -148,6 +148,43 @@ def _einsum_role(an: Analysis, letter: str, letters: dict[str, Axis], terms: lis
         an.role(letters[letter], role, *witnesses)
 
 
+def inner(an: Analysis, node: Node) -> Dims:
+    """``a[..., k] b[..., k]``: every row with every row; a number only scales."""
+    a, b = an.of(node.args[0]), an.of(node.args[1])
+    if not a or not b:
+        return a or b
+    an.unify(a[-1], b[-1])
+    _sum_over(an, (node.args[0], -1), (node.args[1], -1))
+    return (*a[:-1], *b[:-1])
+
+
+def tensordot(an: Analysis, node: Node) -> Dims:
+    """Dimensions of both that are summed in pairs; the rest of the first comes out before the rest of the second."""
+    a, b = an.of(node.args[0]), an.of(node.args[1])
+    left, right = ([d % len(x) for d in dims] for x, dims in ((a, node.args[2]), (b, node.args[3])))  # type: ignore[union-attr, operator]
+    for i, j in zip(left, right, strict=True):
+        if a[i].size == b[j].size:
+            an.unify(a[i], b[j])
+            _sum_over(an, (node.args[0], i), (node.args[1], j))
+        else:  # one of them has size 1 and stretches
+            for operand, dims, d in ((node.args[0], a, i), (node.args[1], b, j)):
+                if dims[d].size != 1:
+                    _sum_over(an, (operand, d))
+    kept = [axis for d, axis in enumerate(a) if d not in left]
+    return (*kept, *(axis for d, axis in enumerate(b) if d not in right))
+
+
+def frozen(reason: str) -> Callable[[Analysis, Node], Dims]:
+    """Make the axes half of an operator that is known and not followed."""
+
+    def axes(an: Analysis, node: Node) -> Dims:
+        for source in node.all_input_nodes:
+            an.freeze_all(an.of(source), reason)
+        return an.fresh(node.meta["val"], reason)
+
+    return axes
+
+
 def grouped_mm(an: Analysis, node: Node) -> Dims:
     """Experts: rows ``x[tokens, in]``, sorted by expert, times ``weight[experts, in, out]``; offsets say which is whose."""
     x, weight, offsets = (an.of(n) for n in node.args[:3])
@@ -186,6 +223,11 @@ RULES: dict[str, AxesRule] = {
     "ger": AxesRule(outer),
     "bilinear": AxesRule(bilinear),
     "einsum": AxesRule(einsum),
+    "inner": AxesRule(inner),
+    "tensordot": AxesRule(tensordot),
+    "cdist": AxesRule(frozen("distances of all pairs (cdist) are not followed")),
+    "pairwise_distance": AxesRule(frozen("a pairwise distance is not followed")),
+    "kron": AxesRule(frozen("a Kronecker product (kron) is not followed")),
     "_grouped_mm": AxesRule(grouped_mm),
 }
 

@@ -74,9 +74,30 @@ def _cell(an: Analysis, cell: list, gates: int, feed: Axis, hidden: Axis, out: A
         an.unify(bias[0], packed)
 
 
+def cell(gates: int) -> Callable[[Analysis, Node], Value]:
+    """Make the axes half of one step of an LSTM, GRU or plain RNN: ``x[b, in]``, state, weights and biases of one cell."""
+
+    def axes(an: Analysis, node: Node) -> Value:
+        given = node.args[1]
+        states = [an.of(s) for s in (given if isinstance(given, (list, tuple)) else [given])]
+        x, weights = an.of(node.args[0]), [an.of(w) for w in node.args[2:]]
+        hidden = states[0][-1]
+        for state in states:
+            an.unify(state[-1], hidden)
+            an.unify_all(state[:-1], x[:-1])
+        _cell(an, [w for w in weights if w], gates, x[-1], hidden, hidden, projected=False)
+        return tuple((*x[:-1], hidden) for _ in states) if gates == 4 else (*x[:-1], hidden)
+
+    return axes
+
+
 RULES: dict[str, AxesRule] = {
     "lstm": AxesRule(recurrent(4)),
     "gru": AxesRule(recurrent(3)),
     "rnn_tanh": AxesRule(recurrent(1)),
     "rnn_relu": AxesRule(recurrent(1)),
+    "lstm_cell": AxesRule(cell(4)),
+    "gru_cell": AxesRule(cell(3)),
+    "rnn_tanh_cell": AxesRule(cell(1)),
+    "rnn_relu_cell": AxesRule(cell(1)),
 }

@@ -176,6 +176,21 @@ def write_into_a_section_freezes(d: Draw) -> Call:
     )
 
 
+@table("embedding_bag _embedding_bag")
+def rows_in_bags(d: Draw) -> Call:
+    mode = d.int(0, 2)
+    rows, offsets = torch.tensor([4, 1, 8, 1, 3]), torch.tensor([0, 2])
+    op = d.pick(aten.embedding_bag.padding_idx, aten._embedding_bag.default)
+    padding = -1 if op is aten._embedding_bag.default else None
+    args = d.tensor(9, d.size()), rows, offsets, False, mode, False, None, False, padding
+    return call(op, *args, expect=f"!{'!' if mode == 2 else 'f'} ! !")
+
+
+@table("embedding_renorm")
+def rows_of_limited_norm(d: Draw) -> Call:
+    return call(aten.embedding_renorm_.default, d.tensor(9, 4), torch.tensor([4, 1]), 1.0, 2.0, expect="!! !")
+
+
 @pytest.mark.parametrize("case", table.parameters())
 def test_operator_commutes_with_removal(case: Case) -> None:
     check_case(case)

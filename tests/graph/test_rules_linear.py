@@ -167,6 +167,33 @@ def einsum_with_an_ellipsis_of_other_ranks(d: Draw) -> Call:
     return call(aten.einsum.default, "...ij,...jk->...ik", [x, y], expect="fffs fsf", out="ffff")
 
 
+@table("inner")
+def products_of_all_rows(d: Draw) -> Call:
+    k, weight = d.size(), d.flag()
+    a, b = d.shape(0, 2), d.shape(0, 2)
+    s = "f" if weight else "s"
+    words = f"{'f' * len(a)}{s} {'f' * len(b)}{s}"
+    return call(aten.inner.default, d.tensor(*a, k), operand(d, weight, *b, k), expect=words)
+
+
+@table("tensordot")
+def contraction_of_several_dimensions(d: Draw) -> Call:
+    i, j, k, m = (d.size(one=False) for _ in range(4))
+    weight, two = d.flag(), d.flag()
+    s = "f" if weight else "s"
+    if two:
+        args = d.tensor(i, j, k), operand(d, weight, k, m, j), [1, -1], [2, 0]
+        return call(aten.tensordot.default, *args, expect=f"f{s}{s} {s}f{s}", out="ff")
+    args = d.tensor(i, j, k), operand(d, weight, k, m), [-1], [0]
+    return call(aten.tensordot.default, *args, expect=f"ff{s} {s}f", out="fff")
+
+
+@table("cdist pairwise_distance kron")
+def known_and_not_followed(d: Draw) -> Call:
+    op = d.pick(aten.cdist.default, aten.pairwise_distance.default, aten.kron.default)
+    return call(op, d.tensor(3, 4), d.tensor(3, 4), expect="!! !!")
+
+
 @table("_grouped_mm")
 def experts_keep_their_rows(d: Draw) -> Call:
     tokens, inside, outside, experts = 16, 4 * d.int(1, 4), 4 * d.int(1, 4), d.int(1, 3)

@@ -78,6 +78,21 @@ def packed_sequences(d: Draw) -> Call:
     return call(getattr(aten, name).data, x, sizes, state, weights, *rest, expect=" ".join(words), mask_all=True)
 
 
+@table("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+def one_step(d: Draw) -> Call:
+    name = d.pick("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+    gates = {"lstm_cell": 4, "gru_cell": 3}.get(name, 1)
+    batch, width, hidden = d.size(), d.size(), d.size(one=False)
+    state = [d.tensor(batch, hidden) for _ in range(2 if gates == 4 else 1)]
+    weights = [d.weight(gates * hidden, width), d.weight(gates * hidden, hidden)]
+    weights += [d.weight(gates * hidden) for _ in range(2)] if d.flag() else []
+    words = ["ff", *["ff"] * len(state), *("f" * w.dim() for w in weights)]
+    given = state if gates == 4 else state[0]
+    return call(
+        getattr(aten, name).default, d.tensor(batch, width), given, *weights, expect=" ".join(words), mask_all=True
+    )
+
+
 @pytest.mark.parametrize("case", table.parameters())
 def test_operator_commutes_with_removal(case: Case) -> None:
     check_case(case)
