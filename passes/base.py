@@ -175,12 +175,35 @@ class PipelineResult:
     """What a pipeline gave.
 
     Attributes:
-        output: The rewritten program, or the plan that a pass made of it; the program passed in is unchanged.
+        output: The rewritten `Program`, or the `Plan` that a pass made of it; the program passed in is unchanged.
+            `program` and `plan` are the same with a type.
         records: One per pass, in order.
     """
 
-    output: Program | Plan
+    output: Any
     records: tuple[Record, ...]
+
+    @property
+    def program(self) -> Program:
+        """The output, which must be a program.
+
+        Raises:
+            PreconditionError: It is a plan.
+        """
+        if not isinstance(self.output, Program):
+            raise PreconditionError(f"the pipeline made a plan of {len(self.output.stages)} programs: take .plan")
+        return self.output
+
+    @property
+    def plan(self) -> Plan:
+        """The output, which must be a plan.
+
+        Raises:
+            PreconditionError: It is a program.
+        """
+        if not isinstance(self.output, Plan):
+            raise PreconditionError("no pass of the pipeline made a plan: take .program")
+        return self.output
 
     @property
     def removal(self) -> RemovalRecord:

@@ -203,7 +203,7 @@ class Runner:
             result = Pipeline([step])(self._program(before), self._context)
             record = result.records[0]
             if record.result.modified:
-                self._keep(name, result.output, folder)
+                self._keep(name, result.program, folder)
             if record.result.removal is not None:
                 text = json.dumps(record.result.removal.to_json(), separators=(",", ":"))
                 (folder / REMOVAL).write_text(text + "\n", encoding="utf-8")
@@ -215,7 +215,7 @@ class Runner:
                 "stats": dict(record.result.stats),
                 "skipped": [{"site": s.site, "reason": s.reason} for s in record.result.skipped],
                 "widths": [vars(width) for width in getattr(record.result, "widths", ())],
-                "cost": cost_facts(result.output),
+                "cost": cost_facts(result.program),
             }
 
         inputs = {

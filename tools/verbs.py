@@ -75,7 +75,7 @@ def dry_run(recipe: Recipe, as_json: bool, quiet: bool, cache_dir: Path | None) 
     widths = [{"widths": [vars(w) for w in getattr(r.result, "widths", ())]} for r in result.records]
     data = {
         "from_cache": from_cache,
-        "cost": {"before": cost_facts(program), "after": cost_facts(result.output)},
+        "cost": {"before": cost_facts(program), "after": cost_facts(result.program)},
         "groups": group_widths(found, widths),
         "skipped": [{"site": s.site, "reason": s.reason} for s in result.skipped],
         "passes": [record.text for record in result.records],

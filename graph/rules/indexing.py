@@ -93,7 +93,7 @@ def index_put(an: Analysis, node: Node) -> Dims:
 def index_select(an: Analysis, node: Node) -> Dims:
     """One dimension is read by an index vector."""
     x, own = an.of(node.args[0]), an.of(node.args[2])
-    d = node.args[1] % len(x)  # type: ignore[operator]
+    d = arg(node, 1, "dim") % len(x)
     an.freeze(x[d], BY_DATA)
     return (*x[:d], *(own or (an.leaf(1),)), *x[d + 1 :])
 
@@ -101,7 +101,7 @@ def index_select(an: Analysis, node: Node) -> Dims:
 def index_add(an: Analysis, node: Node) -> Dims:
     """``index_add``, ``index_copy``, ``index_fill``: slices written along one dimension; the others are tied."""
     x, own, source = an.of(node.args[0]), an.of(node.args[2]), an.of(node.args[3])
-    d = node.args[1] % len(x)  # type: ignore[operator]
+    d = arg(node, 1, "dim") % len(x)
     an.freeze_all((x[d], *own, *source[d : d + 1]), BY_DATA)
     if source:
         an.unify_all([*x[:d], *x[d + 1 :]], [*source[:d], *source[d + 1 :]])
@@ -111,7 +111,7 @@ def index_add(an: Analysis, node: Node) -> Dims:
 def gather(an: Analysis, node: Node) -> Dims:
     """Element-wise lookup along one dimension; the index has the result's shape."""
     x, own = an.of(node.args[0]), an.of(node.args[2])
-    d = node.args[1] % len(x)  # type: ignore[operator]
+    d = arg(node, 1, "dim") % len(x)
     an.freeze(x[d], BY_DATA)
     _tie_or_freeze(an, x, own, d)
     return own
@@ -120,7 +120,7 @@ def gather(an: Analysis, node: Node) -> Dims:
 def scatter(an: Analysis, node: Node) -> Dims:
     """Element-wise write along one dimension, of which nothing may stay unwritten."""
     x, own, source = an.of(node.args[0]), an.of(node.args[2]), an.of(node.args[3])
-    d = node.args[1] % len(x)  # type: ignore[operator]
+    d = arg(node, 1, "dim") % len(x)
     an.freeze_all((x[d], own[d], *source[d : d + 1]), BY_DATA)
     _tie_or_freeze(an, x, own, d)
     if source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -48,7 +49,7 @@ def resize_unflatten(rz: Resizer, node: Node) -> None:
     """``unflatten(x, dim, sizes)`` writes the sizes of the new dimensions only."""
     out = rz.of(node)
     sizes = list(node.args[2])  # type: ignore[arg-type]
-    start = node.args[1] % len(rz.of(node.args[0]))  # type: ignore[operator]
+    start = arg(node, 1, "dim") % len(rz.of(node.args[0]))
     new = [
         size if size == -1 or not rz.changed(axis) else rz.size(axis) if isinstance(size, int) else -1
         for size, axis in zip(sizes, out[start : start + len(sizes)], strict=True)
@@ -211,7 +212,7 @@ def squeeze(an: Analysis, node: Node) -> Dims:
     return tuple(axis for d, axis in enumerate(x) if d not in gone)
 
 
-def _squeezed(x: Dims, dims: object) -> list[int]:
+def _squeezed(x: Dims, dims: Any) -> list[int]:
     named = dims if isinstance(dims, (list, tuple)) else [dims]
     at = range(len(x)) if dims is None else [d % len(x) for d in named if x]
     return sorted(d for d in at if x[d].size == 1)
@@ -344,7 +345,7 @@ def resize_slice(rz: Resizer, node: Node) -> None:
 def narrow(an: Analysis, node: Node) -> Dims:
     """``x.narrow(dim, start, length)``."""
     x = an.of(node.args[0])
-    d = node.args[1] % len(x)  # type: ignore[operator]
+    d = arg(node, 1, "dim") % len(x)
     start, length = node.args[2], node.args[3]
     if type(x[d].size) is not int or not isinstance(start, int) or not isinstance(length, int):
         an.freeze(x[d], DYNAMIC_CUT)
@@ -362,7 +363,7 @@ def _start(start: int, size: int) -> int:
 def resize_narrow(rz: Resizer, node: Node) -> None:
     """Start and length count what stays."""
     x = rz.of(node.args[0])
-    d = node.args[1] % len(x)  # type: ignore[operator]
+    d = arg(node, 1, "dim") % len(x)
     if rz.changed(x[d]):
         start, length = node.args[2], node.args[3]
         assert isinstance(start, int) and isinstance(length, int)
@@ -374,7 +375,7 @@ def resize_narrow(rz: Resizer, node: Node) -> None:
 def select(an: Analysis, node: Node) -> Dims:
     """``x[..., i, ...]``: that one index must stay."""
     x = an.of(node.args[0])
-    d = node.args[1] % len(x)  # type: ignore[operator]
+    d = arg(node, 1, "dim") % len(x)
     index = node.args[2]
     if type(x[d].size) is not int or not isinstance(index, int):
         an.freeze(x[d], DYNAMIC_CUT)
@@ -386,7 +387,7 @@ def select(an: Analysis, node: Node) -> Dims:
 def resize_select(rz: Resizer, node: Node) -> None:
     """The index counts what stays before it."""
     x = rz.of(node.args[0])
-    d = node.args[1] % len(x)  # type: ignore[operator]
+    d = arg(node, 1, "dim") % len(x)
     if rz.changed(x[d]):
         node.update_arg(2, rz.prefix(x[d], node.args[2] % x[d].size))  # type: ignore[operator]
 
@@ -428,7 +429,8 @@ def resize_split(rz: Resizer, node: Node) -> None:
     d = arg(node, 2, "dim", 0) % len(x)
     if rz.changed(x[d]):
         node.target = torch.ops.aten.split_with_sizes.default
-        node.args = (node.args[0], [rz.size(dims[d]) for dims in rz.of(node)], d)
+        sections: Any = rz.of(node)
+        node.args = (node.args[0], [rz.size(dims[d]) for dims in sections], d)
         node.kwargs = {}
 
 

@@ -51,9 +51,7 @@ def program(model: Tiny) -> gw.Program:
 
 
 def plan_of(program: gw.Program, schedule: Schedule | None = None) -> Plan:
-    result = gw.Pipeline([InsertFeatureCache(schedule=schedule or Uniform(2))])(program)
-    assert isinstance(result.output, Plan)
-    return result.output
+    return gw.Pipeline([InsertFeatureCache(schedule=schedule or Uniform(2))])(program).plan
 
 
 def step(x: Tensor, out: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ SHORT = {
 @table("einsum")
 def einsum_ties_equal_letters(d: Draw) -> Call:
     equation = d.pick(*EQUATIONS, *SHORT)
-    inputs, output = SHORT.get(equation, equation).replace(" ", "").split("->")
+    inputs, output = (SHORT.get(equation) or equation).replace(" ", "").split("->")
     terms = inputs.split(",")
     size = {letter: d.size() for letter in sorted(set(inputs))}
     weight = d.int(0, len(terms)) - 1
