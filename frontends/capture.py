@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..graph.errors import CaptureError
 from ..graph.guards import understood
 from ..graph.program import InputSpec, Program
+from ..graph.signature import signature_of
 from .branches import guards_of, without_idle
 from .plain_graph import plain_graph
 
@@ -86,6 +87,7 @@ def capture(
     )
     name = type(model).__name__
     program = Program(gm, inputs, in_spec, out_spec, tuple(leaves), name, tuple(notes), tuple(guards))
+    program.signature = signature_of(model.forward)
     program.own_state()
     return program
 

@@ -21,6 +21,8 @@ from .encoding import decode, decode_target, defining_module, encode, encode_tar
 from .errors import ArtifactError, source_line
 from .names import GroupName
 from .program import InputSpec, Program
+from .signature import decode as decode_signature
+from .signature import encode as encode_signature
 from .symbols import SymbolTable, decode_path, encode_path
 from .tensor_records import attach, tensor_records
 from .treespec import decode_spec, encode_spec
@@ -47,6 +49,7 @@ def encode_program(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]
         "name": program.name,
         "notes": list(program.notes),
         "guards": list(program.guards),
+        "signature": encode_signature(program.signature),
         "group_names": [asdict(name) for name in program.group_names],
         "inputs": [_encode_input(spec) for spec in program.inputs],
         "in_spec": encode_spec(program.in_spec),
@@ -95,6 +98,7 @@ def decode_program(
         tuple(map(str, document["notes"])),
         tuple(map(str, document.get("guards", ()))),
         tuple(_decode_group_name(data) for data in document.get("group_names", ())),
+        decode_signature(document.get("signature", ())),
     )
     return program, table
 

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from .errors import InputError, PreconditionError
 from .guards import check_guards
 from .names import GroupName
+from .signature import Argument, Signature, arranged
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Program:
         guards: Conditions on the sizes of inputs under which the code takes the branches that were captured, in the
             form of `graphwright.graph.guards`; checked at every call.
         group_names: What removals noted so that coupling groups keep their names.
+        signature: Of the captured module's ``forward``: inputs may be passed by position or by name, and those that
+            were left at their defaults may be given again. Without one, inputs are passed as they were captured.
     """
 
     graph_module: GraphModule
@@ -93,6 +96,7 @@ class Program:
     notes: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()
     group_names: tuple[GroupName, ...] = ()
+    signature: Signature = ()
     version: int = field(default=0, compare=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,6 +121,7 @@ class Program:
 
     def flatten(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Check the inputs against `inputs` and return them as the graph's placeholders expect them."""
+        args, kwargs = self._arranged(args, kwargs)
         self._check_count(args)
         kwargs = self._ordered(kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -192,6 +197,16 @@ class Program:
             found.append((name, spec))
             at += spec.num_leaves
         return found
+
+    def _arranged(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        if not self.signature:
+            return args, kwargs
+        positional, named = self.in_spec.children()
+        keywords = list(named.context or ())
+        known = {argument.name for argument in self.signature}
+        # Inputs that a rewrite added.
+        added = tuple(Argument(name, "keyword") for name in keywords if name not in known)
+        return arranged(self.name, (*self.signature, *added), len(positional.children()), keywords, args, kwargs)
 
     def _check_count(self, args: tuple[Any, ...]) -> None:
         count = len(self.in_spec.children()[0].children())

@@ -1,0 +1,96 @@
+"""Calls of a program in every form that the captured forward takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphwright as gw
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(
+        self, x: Tensor, time: Tensor, bias: Tensor | None = None, *, scale: float = 2.0, return_dict: bool = True
+    ) -> Any:
+        y = self.a(x) * scale + time
+        y = y if bias is None else y + bias
+        return {"out": y} if return_dict else (y,)
+
+
+X, T, B = torch.randn(3, 4), torch.tensor(0.5), torch.randn(3, 4)
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def program(net: Net) -> gw.Program:
+    return gw.capture(net, (X[:2], T), {"return_dict": False})
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((X, T), {"return_dict": False}),
+        ((X,), {"time": T, "return_dict": False}),
+        ((), {"return_dict": False, "time": T, "x": X}),
+        ((X, T, None), {"return_dict": False}),
+        ((X, T), {"bias": None, "scale": 2.0, "return_dict": False}),
+    ],
+)
+def test_inputs_by_position_or_name_and_defaults_given_again(net, program, args, kwargs) -> None:
+    assert torch.equal(program(*args, **kwargs)[0], net(*args, **kwargs)[0])
+    assert torch.equal(program.module()(*args, **kwargs)[0], net(*args, **kwargs)[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((X, T), {}, "'return_dict' was captured as the constant False, got True"),
+        ((X, T, B), {"return_dict": False}, "input 'bias' of Net had its default None when it was captured"),
+        ((X, T), {"scale": 3.0, "return_dict": False}, "input 'scale' of Net had its default 2.0"),
+        ((X, T), {"scale": 2, "return_dict": False}, "input 'scale' of Net had its default 2.0"),
+        ((X,), {"return_dict": False}, "input 'time' of Net is missing; it was captured with x, time, return_dict"),
+        ((X, T), {"x": X, "return_dict": False}, "input 'x' of Net is given by position and by name"),
+        ((X, T), {"steps": 3, "return_dict": False}, "Net has no input 'steps'"),
+        ((X, T, None, 1.0), {}, r"Net takes 3 inputs by position \(x, time, bias\), got 4"),
+    ],
+)
+def test_other_inputs_are_refused_in_one_sentence(program, args, kwargs, message: str) -> None:
+    with pytest.raises(gw.InputError, match=message) as caught:
+        program(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_signature_is_saved(program, tmp_path) -> None:
+    gw.save_program(program, tmp_path / "p")
+    loaded = gw.load_program(tmp_path / "p")
+    assert loaded.signature == program.signature
+    assert torch.equal(loaded(x=X, time=T, bias=None, return_dict=False)[0], program(X, T, return_dict=False)[0])
+
+
+class Loose(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, *xs: Tensor, **more: Tensor) -> Tensor:
+        return self.a(sum(xs)) + more["bias"]
+
+
+def test_variable_arguments_are_passed_as_captured() -> None:
+    net = Loose().eval()
+    program = gw.capture(net, (X, X), {"bias": B})
+    assert torch.equal(program(X, B, bias=X), net(X, B, bias=X))
+    with pytest.raises(gw.InputError, match="captured with 2 positional inputs"):
+        program(X, bias=X)
