@@ -63,6 +63,10 @@ class ScaleKeeper:
                 seen.add(path)
                 self._absorb(path, self.graph.analysis.of(node.args[0])[-1])
 
+    def narrowed(self) -> list[str]:
+        """Return the modules whose own operators carry a width of queries and keys that changed, outer ones first."""
+        return sorted(self._narrowed, key=lambda path: path.count(".") + bool(path))
+
     def absorb_at(self, path: str) -> Callable[[], None] | None:
         """Make up for the scale of the attention at ``path``, whatever form its forward has.
 

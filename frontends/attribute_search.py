@@ -86,6 +86,11 @@ class Settler:
         Raises:
             WriteBackError: There are none under which the outputs are equal.
         """
+        # A parametrised weight is computed when it is read; in training mode that may change buffers (spectral norm).
+        with quiet(self.work):
+            return self._settle()
+
+    def _settle(self) -> Settled:
         self._set_layers()
         self._scales.keep()
         self.done.classes, self.done.scaled = self._scales.classes, self._scales.scaled
@@ -175,8 +180,20 @@ class Settler:
         while departure is not None:
             logger.info("write-back of %s: %s %s", self._name(), departure.path or "<root>", departure.what)
             departure = self._improve(departure, check, reads)
-        if problem := self._compare(args, kwargs):
+        if (problem := self._compare(args, kwargs)) and not self._rescale_rest(args, kwargs):
             raise self._failure(Departure("", 0, problem))
+
+    def _rescale_rest(self, args: Any, kwargs: Any) -> bool:
+        """Make up for every scale that is left: what it changes may be too little to show in any module's values."""
+        undo = [each for path in self._scales.narrowed() if (each := self._scales.absorb_at(path)) is not None]
+        if not undo:
+            return False
+        self.tried.append("weights that make up for the scale of every attention")
+        if not self._compare(args, kwargs):
+            return True
+        for each in reversed(undo):
+            each()
+        return False
 
     def _improve(self, at: Departure, check: Callable[[], Departure | None], reads: Reads) -> Departure | None:
         """Try other values until more module calls come out right; return the next departure."""
@@ -192,20 +209,45 @@ class Settler:
             after = check()
             if after is None or after.calls > at.calls:
                 return after
+            if not after.raised:
+                # Every size fits, but a scale that forward derives from the head width shows only in what comes out.
+                better, after = self._rescale(at, check, self.tried[-1])
+                if better:
+                    return after
             for option, old in undo:
                 assert old is not None
                 set_size(self._modules[option.path], option.name, old)
         # The sizes may be right and the scale of the scores wrong, where forward derives it from the head width.
-        for path in _and_around(at.path):
-            undo_scale = self._scales.absorb_at(path)
-            if undo_scale is None:
-                continue
-            self.tried.append(f"weights that make up for the scale in {path or '<root>'}")
-            after = check()
-            if after is None or after.calls > at.calls:
-                return after
-            undo_scale()
+        better, after = self._rescale(at, check)
+        if better:
+            return after
         raise self._failure(at)
+
+    def _rescale(
+        self, at: Departure, check: Callable[[], Departure | None], choice: str = ""
+    ) -> tuple[bool, Departure | None]:
+        """Make up for the scale of some attention's scores; return whether that is right, and the next departure.
+
+        Args:
+            at: Where the search is.
+            check: Runs the module.
+            choice: The values being tried with it, in words. Then it is the attention at ``at``, and all of it must
+                come out right: what is inside differs by a factor and proves nothing about them.
+        """
+        around = _and_around(at.path)
+        # An attention whose scores are small comes out nearly right without its scale; what follows tells.
+        elsewhere = [] if choice else [path for path in self._scales.narrowed() if path not in around]
+        for path in [*around, *elsewhere]:
+            undo = self._scales.absorb_at(path)
+            if undo is None:
+                continue
+            words = f"weights that make up for the scale in {path or '<root>'}"
+            self.tried.append(f"{choice} and {words}" if choice else words)
+            after = check()
+            if after is None or (after.calls > at.calls and (not choice or after.beyond(path))):
+                return True, after
+            undo()
+        return False, None
 
     def _options(self, path: str, reads: Reads) -> list[Proposal]:
         """Return other values for what the module at ``path`` and those around it read, the nearest first."""

@@ -99,11 +99,17 @@ class Departure:
         path: Module.
         calls: Module calls that had gone right before.
         what: What went wrong, in words.
+        raised: Whether forward came to an end there; False where it gave something else and could go on.
     """
 
     path: str
     calls: int
     what: str
+    raised: bool = False
+
+    def beyond(self, path: str) -> bool:
+        """Whether it is neither in module ``path`` nor inside it."""
+        return bool(path) and self.path != path and not self.path.startswith(f"{path}.")
 
 
 def moments(tensor: Tensor) -> Moments:
@@ -162,7 +168,8 @@ def first_departure(
         return watcher.first, frozenset(watcher.missed)
     if error is not None:
         path = watcher.stack[-1] if watcher.stack else ""
-        return Departure(path, watcher.calls, f"{type(error).__name__}: {first_line(error)}"), frozenset(watcher.missed)
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return Departure(path, watcher.calls, what, raised=True), frozenset(watcher.missed)
     return None, frozenset(watcher.missed)
 
 
