@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -12,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..graph.errors import CaptureError
+from ..graph.errors import CaptureError, first_line
 from ..graph.guards import understood
 from ..graph.program import InputSpec, Program
 from ..graph.signature import signature_of
@@ -23,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 DynamicDims = Mapping[str, Mapping[int, str]]
+
+# torch's recurrent layers keep a list of their weights, which export replaces and restores. Matches no warning that
+# names anything else.
+_RESTORED_LISTS = r"The tensor attributes? (self\.(\w+\.)*_flat_weights\[\d+\](, )?)+ (was|were) assigned during export"
+
+_FOREIGN_TYPE = re.compile(r"Found <class '([^']+)'> in output|Unsupported input type <class '([^']+)'>")
 
 
 def capture(
@@ -45,9 +53,10 @@ def capture(
         The captured computation. Its ``notes`` say what was decided, such as a batch that had to be static.
 
     Raises:
-        CaptureError: ``torch.export`` refused the model (its message and the user's source line are kept), an
-            input name in ``dynamic`` is unknown, or a dynamic dimension has an example size below 2.
+        CaptureError: ``model`` is no module, ``torch.export`` refused it (its message and the user's source line are kept),
+            an input name in ``dynamic`` is unknown, or a dynamic dimension has an example size below 2.
     """
+    _require_module(model)
     named = dict(kwargs or {})
     args = tuple(args)
     weights = next(iter(model.parameters()), None)
@@ -73,7 +82,7 @@ def capture(
         except Exception:
             raise _capture_error(model, err) from err
         labels = {}
-        notes.append(f"the batch is static: {_first_line(_capture_error(model, err))}")
+        notes.append(f"the batch is static: {first_line(_capture_error(model, err))}")
         logger.warning("%s: %s", type(model).__name__, notes[-1])
     gm, out_spec = plain_graph(exported)
     guards = guards_of(model, exported, names)
@@ -108,7 +117,9 @@ def _export(
     try:
         for module, _ in modes:
             module.training = False
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes if labels else None, strict=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _RESTORED_LISTS, UserWarning)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes if labels else None, strict=False)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -213,12 +224,25 @@ def _input_spec(name: str, leaf: Any, dims: Mapping[int, str]) -> InputSpec:
     return InputSpec(name, leaf.dtype, tuple(dims.get(d, size) for d, size in enumerate(leaf.shape)))
 
 
-def _first_line(err: BaseException) -> str:
-    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+def _require_module(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise CaptureError(f"capture takes an instance of {model.__name__}, got the class; build it first")
+    advice = "; give a module whose forward calls it" if callable(model) else ""
+    name = getattr(model, "__name__", "")
+    raise CaptureError(f"capture takes an nn.Module, got {type(model).__name__}{f' {name!r}' * bool(name)}{advice}")
 
 
 def _capture_error(model: nn.Module, err: Exception) -> CaptureError:
     message = str(err)
+    if foreign := _FOREIGN_TYPE.search(message):
+        side = "returns" if foreign[1] else "is given"
+        name = (foreign[1] or foreign[2]).rpartition(".")[2]
+        return CaptureError(
+            f"{type(model).__name__}.forward {side} an object of type {name}, which torch.export cannot take apart: use a "
+            f"tuple or a dict, or, if it is a dataclass, call torch.export.register_dataclass({name}) before capture"
+        )
     if "onstraint" in message or "Dim.DYNAMIC" in message:
         advice = "make the dimensions it names static: leave them out of capture(dynamic=...)"
     elif "DataDependent" in type(err).__name__ or "data-dependent" in message:
