@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..graph.errors import ArtifactError, ProviderError
+from ..graph.versions import version_of, versions_of
 from .artifacts import summary
 
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -25,7 +26,7 @@ def installed_runtimes() -> dict[str, str]:
 
     More than one is a damaged environment: they install over each other, see `runtime_conflict`.
     """
-    return {name: importlib.metadata.version(name) for name in _distributions()}
+    return versions_of(_distributions())
 
 
 @functools.cache
@@ -153,7 +154,7 @@ def doctor() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "torch_cuda": torch.version.cuda,
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": {name: _version(name) for name in ("onnx", "onnxscript", "onnx-ir")},
+        "packages": {name: version_of(name) for name in ("onnx", "onnxscript", "onnx-ir")},
         "available_providers": [],
         "active_providers": [],
         "onnxruntime_cuda": None,
@@ -218,10 +219,3 @@ def _run_one_node(ort: Any) -> tuple[list[str], str | None]:
     if got.tolist() != [2.0, 4.0]:
         return list(session.get_providers()), f"ONNX Runtime adds [1, 2] to itself and gets {got.tolist()}"
     return list(session.get_providers()), None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

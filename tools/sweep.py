@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..frontends.capture import capture
 from ..graph.depgraph import DepGraph, depgraph
+from ..graph.errors import first_line
 from ..graph.groups import CouplingGroup
 from ..graph.oracle import masked_outputs, masked_parameters
 from ..graph.program import Program
@@ -188,7 +189,7 @@ def difference(got: list[Tensor], want: list[Tensor]) -> float:
 def short(err: BaseException) -> str:
     """Return class, first line and place of an error."""
     frame = traceback.extract_tb(err.__traceback__)[-1]
-    return f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''} ({frame.name}:{frame.lineno})"[:240]
+    return f"{type(err).__name__}: {first_line(err) if str(err) else ''} ({frame.name}:{frame.lineno})"[:240]
 
 
 def select(names: Sequence[str], families: Sequence[str] | None) -> list[Entry]:

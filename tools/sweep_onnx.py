@@ -39,6 +39,7 @@ from ..backends.onnx_export import OnnxArtifact, export_onnx
 from ..frontends.capture import capture
 from ..graph.depgraph import depgraph
 from ..graph.errors import GraphwrightError
+from ..graph.files import staged_file
 from ..graph.program import Program
 from ..graph.resize import reconcile, resize
 from .sweep import in_float64, outputs_of, random_keep, select, short
@@ -223,9 +224,8 @@ def read_rows(file: str | os.PathLike[str]) -> dict[str, OnnxRow]:
 
 
 def _write_rows(file: str | os.PathLike[str], rows: Sequence[OnnxRow]) -> None:
-    partial = Path(f"{os.fspath(file)}.partial")
-    partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    with staged_file(file) as partial:
+        partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 def line_of(row: OnnxRow) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from ..graph.errors import first_line
+
 Path = tuple[str | int, ...]
 
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -51,7 +53,7 @@ def read_yaml(text: str) -> tuple[Any, dict[Path, int]]:
         message = " ".join(str(part) for part in (err.context, err.problem) if part)
         raise YamlError(message, mark.line + 1 if mark else 1) from None
     except yaml.YAMLError as err:  # characters that YAML forbids have no line
-        raise YamlError(str(err).splitlines()[0], 1) from None
+        raise YamlError(first_line(err), 1) from None
     lines: dict[Path, int] = {(): 1}
     return (None if node is None else _data(node, (), lines, ())), lines
 

@@ -102,11 +102,12 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("keep", [False, True])
 def test_only_the_warning_about_restored_weight_lists_is_silent(keep: bool) -> None:
     model = Recurrent(keep)
-    lists = [list(layer._flat_weights) for layer in (model.first, model.inner[0])]
+    layers: list[Any] = [model.first, model.inner[0]]
+    lists = [list(layer._flat_weights) for layer in layers]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         capture(model, (torch.randn(2, 4, 5),))
     messages = [str(w.message) for w in seen if "assigned during export" in str(w.message)]
     assert len(messages) == keep and all("self.last" in message for message in messages)
-    for layer, before in zip((model.first, model.inner[0]), lists, strict=True):
+    for layer, before in zip(layers, lists, strict=True):
         assert all(a is b for a, b in zip(layer._flat_weights, before, strict=True))
