@@ -1,15 +1,18 @@
-"""What every written artifact has in common: a staging folder, a manifest that is written last, and checksums."""
+"""What every written artifact has in common: a staging folder, a manifest that is written last, checksums, and inputs."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..graph.errors import ArtifactError
+import torch
+from torch import Tensor
+
+from ..graph.errors import ArtifactError, InputError
 from ..graph.files import sha256, staged_files
 
 
@@ -85,6 +88,55 @@ def read_manifest(directory: str | os.PathLike[str], manifest: str, kind: str, v
             got = "is missing" if size is None else f"has {size} bytes"
             raise ArtifactError(f"'{part}' must have {expected['bytes']} bytes, it {got}; copy or export it again")
     return facts
+
+
+def tensor_entry(name: str, dtype: torch.dtype | None, shape: Sequence[int | str]) -> dict[str, Any]:
+    """Return what a manifest says of an input or output; named sizes are dynamic."""
+    return {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+
+
+def bind_inputs(what: str, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a call by name, in the order of ``names``.
+
+    Args:
+        what: The artifact, as the message calls it.
+        names: Of its inputs.
+        args: Given in this order.
+        kwargs: Given by name.
+
+    Raises:
+        InputError: There are too many, one is missing or unknown, or one is given twice.
+    """
+    if len(args) > len(names):
+        raise InputError(f"this {what} takes {len(names)} tensors {list(names)}, got {len(args)}")
+    given = dict(zip(names, args, strict=False))
+    wrong = [name for name in kwargs if name not in names or name in given]
+    given.update((name, value) for name, value in kwargs.items() if name not in wrong)
+    missing = [name for name in names if name not in given]
+    if wrong or missing:
+        raise InputError(
+            f"this {what} takes the inputs {list(names)}; missing: {missing}, unknown or given twice: {wrong}"
+        )
+    return {name: given[name] for name in names}
+
+
+def check_tensor(entry: Mapping[str, Any], value: object, kinds: str = "a tensor") -> Tensor:
+    """Return ``value``, the input that ``entry`` of a manifest describes.
+
+    Args:
+        entry: As `tensor_entry` made it.
+        value: Given by the caller.
+        kinds: What the caller may give, in words.
+
+    Raises:
+        InputError: It is no tensor, or has another dtype.
+    """
+    name, dtype = entry["name"], entry["dtype"]
+    if not isinstance(value, Tensor):
+        raise InputError(f"input '{name}' must be {kinds}, got {type(value).__name__}")
+    if str(value.dtype) != f"torch.{dtype}":
+        raise InputError(f"input '{name}' must have dtype torch.{dtype}, got {value.dtype}")
+    return value
 
 
 def summary(err: BaseException | None, length: int = 400) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,18 +12,11 @@ from typing import Any
 
 import torch
 
+from ..graph.compare import dynamic_sizes, example_like
 from ..graph.errors import ArtifactError, ExportError
 from ..graph.program import Program
-from .artifacts import file_facts, staging, summary, write_manifest
-from .compare import (
-    default_tolerance,
-    describe_sizes,
-    dynamic_sizes,
-    example_like,
-    inputs_at_other_sizes,
-    relative_difference,
-    run_program,
-)
+from .artifacts import file_facts, staging, summary, tensor_entry, write_manifest
+from .compare import Check, compare, default_tolerance, describe_sizes, inputs_at_other_sizes, run_program
 from .flat import FlatProgram, flat_program
 from .onnx_cleanup import clean_up
 from .onnx_convert import OLDEST_OPSET, Converted, choose_opset, convert
@@ -71,13 +63,6 @@ class OnnxArtifact:
     def runner(self, providers: Sequence[str] | None = None, **options: Any) -> OnnxRunner:
         """Open the file; see `OnnxRunner`."""
         return OnnxRunner(self.directory, providers, **options)
-
-
-@dataclass(frozen=True)
-class _Check:
-    name: str
-    inputs: tuple[torch.Tensor, ...]
-    expected: tuple[torch.Tensor, ...]
 
 
 def export_onnx(
@@ -167,12 +152,12 @@ def _plan_checks(
     second_shape: bool | Mapping[str, int],
     calls: Sequence[Call],
     seed: int,
-) -> list[_Check]:
+) -> list[Check]:
     """Return what to compare, with the program's own outputs."""
     plain = {"example inputs": list(program.example), f"other values, seed {seed}": example_like(program, seed=seed)}
     plain |= {f"check_inputs[{i}]": program.flatten(*args, **kwargs) for i, (args, kwargs) in enumerate(calls)}
     checks = [
-        _Check(name, flat.select_inputs(inputs), flat.select_outputs(run_program(program, inputs)))
+        Check(name, flat.select_inputs(inputs), flat.select_outputs(run_program(program, inputs)))
         for name, inputs in plain.items()
     ]
     if second_shape is False or not dynamic_sizes(program):
@@ -181,10 +166,10 @@ def _plan_checks(
     inputs, outputs = inputs_at_other_sizes(program, sizes, seed + 1)
     found = dynamic_sizes(program, inputs)
     name = f"second shape {describe_sizes(found)}, seed {seed + 1}"
-    return [*checks, _Check(name, flat.select_inputs(inputs), flat.select_outputs(outputs))]
+    return [*checks, Check(name, flat.select_inputs(inputs), flat.select_outputs(outputs))]
 
 
-def _describe(program: Program, flat: FlatProgram, converted: Converted, checks: Sequence[_Check]) -> dict[str, Any]:
+def _describe(program: Program, flat: FlatProgram, converted: Converted, checks: Sequence[Check]) -> dict[str, Any]:
     notes = list(program.notes)
     silent = [
         name for name, value in zip(flat.outputs, checks[0].expected, strict=True) if not bool((value != 0).any())
@@ -195,9 +180,9 @@ def _describe(program: Program, flat: FlatProgram, converted: Converted, checks:
         "kind": KIND,
         "format_version": FORMAT_VERSION,
         "name": program.name,
-        "inputs": [_entry(spec.name, spec.dtype, spec.shape) for spec in flat.inputs],
+        "inputs": [tensor_entry(spec.name, spec.dtype, spec.shape) for spec in flat.inputs],
         "outputs": [
-            _entry(name, value.dtype, shape)
+            tensor_entry(name, value.dtype, shape)
             for name, value, shape in zip(flat.outputs, checks[0].expected, converted.outputs, strict=True)
         ],
         "constants": flat.constants,
@@ -208,15 +193,11 @@ def _describe(program: Program, flat: FlatProgram, converted: Converted, checks:
     }
 
 
-def _entry(name: str, dtype: torch.dtype | None, shape: Sequence[int | str]) -> dict[str, Any]:
-    return {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
-
-
 def _verify(
     program: Program,
     stage: Path,
     facts: Mapping[str, Any],
-    checks: Sequence[_Check],
+    checks: Sequence[Check],
     limit: float,
     providers: Sequence[str] | None,
     allow_fallback: bool,
@@ -242,9 +223,8 @@ def _verify(
                 f"the ONNX file of {program.name} does not run on the {check.name}, where the program does: "
                 f"{summary(err)}"
             ) from err
-        differences = dict(zip(runner.output_names, relative_difference(check.expected, actual), strict=True))
-        _require_close(program, facts["precision"], check.name, differences, limit)
-        report.append({"inputs": check.name, "differences": differences, "max_difference": max(differences.values())})
+        what = f"the {facts['precision']} ONNX file of {program.name}"
+        report.append(compare(what, runner.output_names, check, actual, limit))
     lost = [name for name in _wanted(providers) if name not in runner.providers]
     notes = [f"{name} is built into ONNX Runtime but not active here" for name in lost]
     notes = [*facts["notes"], *(note for note in notes if note not in facts["notes"])]
@@ -268,19 +248,6 @@ def _open(program: Program, stage: Path, providers: Sequence[str] | None, allow_
             "; the CPU provider has few bfloat16 kernels: convert the model to float32 before capture" if half else ""
         )
         raise ExportError(f"the ONNX file of {program.name} does not load: {summary(err)}{advice}") from err
-
-
-def _require_close(
-    program: Program, precision: str, inputs: str, differences: Mapping[str, float], limit: float
-) -> None:
-    name, worst = max(differences.items(), key=lambda item: item[1])
-    if worst <= limit:
-        return
-    got = "another shape, dtype, integer or infinity" if math.isinf(worst) else f"a relative difference of {worst:.2g}"
-    raise ExportError(
-        f"the {precision} ONNX file of {program.name} does not compute what the program computes: output '{name}' on "
-        f"the {inputs} has {got}, at most {limit:.2g} is accepted; nothing was written"
-    )
 
 
 def _to_half(stage: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..graph.errors import InputError
 from ..graph.program import check_labels
-from .artifacts import read_manifest
+from .artifacts import bind_inputs, check_tensor, read_manifest
 from .onnx_runtime import CUDA, SHORT_NAMES, TENSORRT, open_session
 
 KIND, FORMAT_VERSION = "onnx", 1
@@ -82,7 +82,6 @@ class OnnxRunner:
         self.io_binding = io_binding
         self.input_names: tuple[str, ...] = tuple(entry["name"] for entry in self.manifest["inputs"])
         self.output_names: tuple[str, ...] = tuple(entry["name"] for entry in self.manifest["outputs"])
-        self._dtypes = {entry["name"]: getattr(torch, entry["dtype"]) for entry in self.manifest["inputs"]}
         self.session = open_session(
             Path(directory) / MODEL_FILE,
             providers,
@@ -106,34 +105,18 @@ class OnnxRunner:
             InputError: An input is missing, unknown, on a device that the session cannot read, or has another type,
                 dtype or shape than the export declares.
         """
-        inputs = self._inputs(args, kwargs)
+        given = bind_inputs("export", self.input_names, args, kwargs)
+        inputs = {entry["name"]: self._tensor(entry, given[entry["name"]]) for entry in self.manifest["inputs"]}
         self._check_shapes(inputs)
         return self._run_bound(inputs) if self.io_binding else self._run_copied(inputs)
 
-    def _inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        names = self.input_names
-        if len(args) > len(names):
-            raise InputError(f"this export takes {len(names)} tensors {list(names)}, got {len(args)}")
-        given = dict(zip(names, args, strict=False))
-        wrong = [name for name in kwargs if name not in names or name in given]
-        given.update((name, value) for name, value in kwargs.items() if name not in wrong)
-        missing = [name for name in names if name not in given]
-        if wrong or missing:
-            raise InputError(
-                f"this export takes the inputs {list(names)}; missing: {missing}, unknown or given twice: {wrong}"
-            )
-        return {name: self._tensor(name, given[name]) for name in names}
-
-    def _tensor(self, name: str, value: object) -> Tensor:
+    def _tensor(self, entry: Mapping[str, Any], value: object) -> Tensor:
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(np.ascontiguousarray(value))
-        if not isinstance(value, Tensor):
-            raise InputError(f"input '{name}' must be a tensor or an array, got {type(value).__name__}")
-        if value.dtype is not self._dtypes[name]:
-            raise InputError(f"input '{name}' must have dtype {self._dtypes[name]}, got {value.dtype}")
+        value = check_tensor(entry, value, "a tensor or an array")
         if value.device.type != "cpu" and value.device != self.device:
             raise InputError(
-                f"input '{name}' is on {value.device}, this session runs on {self.device}; move the tensor, or open "
+                f"input '{entry['name']}' is on {value.device}, this session runs on {self.device}; move the tensor, or open "
                 "the export with the provider and device_id of that device"
             )
         return value.detach().contiguous()
@@ -161,7 +144,7 @@ class OnnxRunner:
         return tuple(_as_tensor(value) for value in binding.get_outputs())
 
     def _run_copied(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        if torch.bfloat16 in self._dtypes.values() or "bfloat16" in {e["dtype"] for e in self.manifest["outputs"]}:
+        if any(e["dtype"] == "bfloat16" for e in (*self.manifest["inputs"], *self.manifest["outputs"])):
             raise InputError("NumPy has no bfloat16; open this export with io_binding=True")
         feed = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
         return tuple(torch.from_numpy(value) for value in self.session.run(list(self.output_names), feed))

@@ -6,7 +6,6 @@ calls dynamic; so the artifact declares fixed shapes and its runner checks them.
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
-from ..graph.errors import ExportError, InputError
+from ..graph.compare import example_like
+from ..graph.errors import ExportError, InputError, where
 from ..graph.program import Program
-from .artifacts import file_facts, read_manifest, staging, write_manifest
-from .compare import default_tolerance, example_like, relative_difference, run_program
+from .artifacts import (
+    bind_inputs,
+    check_tensor,
+    file_facts,
+    read_manifest,
+    staging,
+    tensor_entry,
+    write_manifest,
+)
+from .compare import Check, compare, default_tolerance, run_program
 from .flat import FlatProgram, flat_program
 
 KIND, FORMAT_VERSION = "torchscript", 1
@@ -71,27 +80,29 @@ def export_torchscript(
         seed: Of the other values.
 
     Raises:
-        ExportError: The program has no weights or draws random numbers, or the file does not compute what the
-            program computes. Nothing is left behind.
+        ExportError: The program has no weights, draws random numbers or has parts that it runs only under a condition,
+            or the file does not compute what the program computes. Nothing is left behind.
     """
     flat = flat_program(program)
+    _require_operators(program)
     limit = default_tolerance(program) if tolerance is None else tolerance
+    checks = [
+        Check(name, flat.select_inputs(inputs), flat.select_outputs(run_program(program, inputs)))
+        for name, inputs in (
+            ("example inputs", list(program.example)),
+            (f"other values, seed {seed}", example_like(program, seed=seed)),
+        )
+    ]
     with staging(directory, MANIFEST_FILE) as stage:
         _trace(flat, flat.select_inputs(program.example), stage / MODEL_FILE)
         with _no_jit_deprecation():
             loaded = torch.jit.load(stage / MODEL_FILE)
-        checks = []
-        for name, inputs in (
-            ("example inputs", list(program.example)),
-            (f"other values, seed {seed}", example_like(program, seed=seed)),
-        ):
-            expected = flat.select_outputs(run_program(program, inputs))
+        report = []
+        for check in checks:
             with torch.no_grad():
-                actual = loaded(*flat.select_inputs(inputs))
-            differences = dict(zip(flat.outputs, relative_difference(expected, actual), strict=True))
-            checks.append({"inputs": name, "differences": differences, "max_difference": max(differences.values())})
-            _require_close(program, name, differences, limit)
-        manifest = write_manifest(stage / MANIFEST_FILE, _manifest(program, flat, checks, limit, stage))
+                actual = loaded(*check.inputs)
+            report.append(compare(f"the TorchScript of {program.name}", flat.outputs, check, actual, limit))
+        manifest = write_manifest(stage / MANIFEST_FILE, _manifest(program, flat, checks[0], report, limit, stage))
     return TorchScriptArtifact(Path(directory), manifest)
 
 
@@ -121,36 +132,30 @@ class TorchScriptRunner:
         Raises:
             InputError: An input is missing, unknown, or has another dtype or shape than was traced.
         """
-        if len(args) > len(self.input_names):
-            raise InputError(
-                f"this TorchScript takes {len(self.input_names)} tensors {list(self.input_names)}, got {len(args)}"
-            )
-        given = dict(zip(self.input_names, args, strict=False))
-        wrong = [name for name in kwargs if name not in self.input_names or name in given]
-        missing = [name for name in self.input_names if name not in given and name not in kwargs]
-        if wrong or missing:
-            raise InputError(
-                f"this TorchScript takes the inputs {list(self.input_names)}; missing: {missing}, "
-                f"unknown or given twice: {wrong}"
-            )
-        given.update(kwargs)
+        given = bind_inputs("TorchScript", self.input_names, args, kwargs)
         for entry in self.manifest["inputs"]:
             _check_input(entry, given[entry["name"]])
         with torch.no_grad():
-            return tuple(self._module(*(given[name].to(self.device) for name in self.input_names)))
+            return tuple(self._module(*(value.to(self.device) for value in given.values())))
 
 
 def _check_input(entry: Mapping[str, Any], value: object) -> None:
-    name = entry["name"]
-    if not isinstance(value, Tensor):
-        raise InputError(f"input '{name}' must be a tensor, got {type(value).__name__}")
-    if str(value.dtype) != f"torch.{entry['dtype']}":
-        raise InputError(f"input '{name}' must have dtype torch.{entry['dtype']}, got {value.dtype}")
+    value = check_tensor(entry, value)
     if list(value.shape) != entry["shape"]:
         raise InputError(
-            f"input '{name}' must have the shape {entry['shape']} it was traced with, got {list(value.shape)}; "
+            f"input '{entry['name']}' must have the shape {entry['shape']} it was traced with, got {list(value.shape)}; "
             "a TorchScript trace has fixed sizes: export again with example inputs of this shape, or export to ONNX"
         )
+
+
+def _require_operators(program: Program) -> None:
+    """Refuse operators that take a graph: a condition or a loop, of which a trace would keep one course."""
+    for node in program.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            raise ExportError(
+                f"TorchScript is a trace and cannot hold '{node.target.name()}' of {program.name}; export it to ONNX, or "
+                f"capture it with the course that is wanted written out\n  at {where(node)}"
+            )
 
 
 def _trace(flat: FlatProgram, inputs: Sequence[Tensor], file: Path) -> None:
@@ -167,37 +172,20 @@ def _no_jit_deprecation() -> Iterator[None]:
         yield
 
 
-def _require_close(program: Program, inputs: str, differences: Mapping[str, float], limit: float) -> None:
-    name, worst = max(differences.items(), key=lambda item: item[1])
-    if worst <= limit:
-        return
-    got = "another shape, dtype, integer or infinity" if math.isinf(worst) else f"a relative difference of {worst:.2g}"
-    raise ExportError(
-        f"the TorchScript of {program.name} does not compute what the program computes: output '{name}' on the "
-        f"{inputs} has {got}, at most {limit:.2g} is accepted; nothing was written"
-    )
-
-
 def _manifest(
-    program: Program, flat: FlatProgram, checks: list[dict[str, Any]], limit: float, stage: Path
+    program: Program, flat: FlatProgram, example: Check, report: list[dict[str, Any]], limit: float, stage: Path
 ) -> dict[str, Any]:
-    examples = flat.select_inputs(program.example)
-    expected = flat.select_outputs(run_program(program, program.example))
     return {
         "kind": KIND,
         "format_version": FORMAT_VERSION,
         "name": program.name,
-        "inputs": [_entry(spec.name, value) for spec, value in zip(flat.inputs, examples, strict=True)],
-        "outputs": [_entry(name, value) for name, value in zip(flat.outputs, expected, strict=True)],
+        "inputs": [tensor_entry(s.name, v.dtype, v.shape) for s, v in zip(flat.inputs, example.inputs, strict=True)],
+        "outputs": [tensor_entry(n, v.dtype, v.shape) for n, v in zip(flat.outputs, example.expected, strict=True)],
         "constants": flat.constants,
         "dropped_outputs": flat.dropped,
         "torch": str(torch.__version__),
-        "checks": checks,
+        "checks": report,
         "tolerance": limit,
         "notes": list(program.notes),
         "files": file_facts(stage),
     }
-
-
-def _entry(name: str, value: Tensor) -> dict[str, Any]:
-    return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}

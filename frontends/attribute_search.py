@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..graph.compare import relative_difference, tolerance_for
 from ..graph.depgraph import DepGraph
 from ..graph.errors import WriteBackError, first_line
 from ..graph.program import Program
@@ -25,7 +26,7 @@ from ..graph.resize import RemovalRecord
 from .attention_scale import ScaleKeeper
 from .attributes import ROLES, Proposal, Value, get_size, proposals, set_size, sizes_of
 from .forward_trace import Departure, attribute_reads, first_departure, program_values, share
-from .self_check import deviation, quiet, second_inputs, tensors_of, tolerance
+from .self_check import quiet, second_inputs, tensors_of
 from .sizes import HEAD_DIM, VALUE_DIM, SizeChange, SizeChanges
 from .torch_layers import is_layer, layer_attributes, layer_literals
 
@@ -158,7 +159,8 @@ class Settler:
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             if a.shape != b.shape or a.dtype != b.dtype:
                 return f"output {i} is {a.dtype} {list(a.shape)}, the program's {b.dtype} {list(b.shape)}"
-            if (error := deviation(a, b)) > tolerance(b):
+        for i, (b, error) in enumerate(zip(want, relative_difference(got, want), strict=True)):
+            if error > tolerance_for(b.dtype):
                 return f"output {i} is off by {error:.1e} of its largest value"
         return ""
 

@@ -17,19 +17,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..graph.compare import dynamic_sizes, example_like
 from ..graph.errors import ArtifactError, first_line
-from ..graph.program import InputSpec, Program
+from ..graph.program import Program
 
 logger = logging.getLogger(__name__)
-
-# Largest deviation allowed, relative to the largest magnitude of the output: two routes through the same kernels
-# differ by the order of a few sums.
-RELATIVE_TOLERANCE: Mapping[torch.dtype, float] = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 3e-2,
-}
 
 SECOND_SEED = 20_000
 
@@ -63,14 +55,14 @@ class TensorRecipe:
     seed: int
 
     @classmethod
-    def like(cls, example: Tensor, seed: int, shape: Sequence[int] | None = None) -> TensorRecipe:
+    def like(cls, example: Tensor, seed: int) -> TensorRecipe:
         """Describe random values in the range of ``example``; a constant one of floats is widened by 1."""
         values = example.detach()
         low, high = (0.0, 0.0) if not values.numel() else _range(values)
         if values.is_floating_point() and low == high:
             low, high = low - 1, high + 1
         name = str(example.dtype).removeprefix("torch.")
-        return cls(tuple(int(s) for s in (example.shape if shape is None else shape)), name, low, high, seed)
+        return cls(tuple(example.shape), name, low, high, seed)
 
     def make(self) -> Tensor:
         """Return the tensor, on the CPU. Uniform, since uniform numbers have the same bits on every machine."""
@@ -136,17 +128,10 @@ def realise(data: Any) -> Any:
 
 
 def second_inputs(program: Program) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return random inputs in the range of the example's, with another batch size where the batch is dynamic."""
-    leaves_ = [
-        _second(spec, leaf, SECOND_SEED + i) if isinstance(leaf, Tensor) else leaf
-        for i, (spec, leaf) in enumerate(zip(program.inputs, program.example, strict=True))
-    ]
-    return pytree.tree_unflatten(leaves_, program.in_spec)
-
-
-def _second(spec: InputSpec, example: Tensor, seed: int) -> Tensor:
-    shape = [size + 1 if d == 0 and isinstance(spec.shape[d], str) else size for d, size in enumerate(example.shape)]
-    return TensorRecipe.like(example, seed, shape).make().to(example.device)
+    """Return other inputs like the example's, with another batch size where the batch is dynamic."""
+    batches = {spec.shape[0] for spec in program.inputs if spec.shape}
+    sizes = {label: size + 1 for label, size in dynamic_sizes(program).items() if label in batches}
+    return pytree.tree_unflatten(example_like(program, sizes, SECOND_SEED), program.in_spec)
 
 
 @contextmanager
@@ -166,27 +151,6 @@ def quiet(module: nn.Module) -> Iterator[None]:
 def tensors_of(output: Any) -> list[Tensor]:
     """Return the tensors of a module's result, in order."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def deviation(got: Tensor, want: Tensor) -> float:
-    """Return the largest difference relative to the largest magnitude of ``want``; infinity where shapes differ."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return float("inf")
-    if not want.numel():
-        return 0.0
-    kind = torch.complex128 if want.is_complex() else torch.float64
-    a, b = got.detach().to("cpu", kind), want.detach().to("cpu", kind)
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, torch.zeros_like(a), a - b).abs().max()
-    scale = b[b.isfinite()].abs().max() if bool(b.isfinite().any()) else b.new_ones(()).abs()
-    if not bool(difference.isfinite()):
-        return float("inf")
-    return float(difference / scale) if float(scale) else float(difference)
-
-
-def tolerance(tensor: Tensor) -> float:
-    """Return the relative deviation allowed for a tensor of this dtype; none for whole numbers."""
-    return RELATIVE_TOLERANCE.get(tensor.dtype, 1e-5 if tensor.is_complex() else 0.0)
 
 
 def fingerprint(tensor: Tensor) -> dict[str, Any]:

@@ -73,7 +73,15 @@ def masked_outputs(graph: DepGraph, keep: Mapping[str, Any], inputs: list[Any]) 
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
                 env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                if _has_nan(env[node]) and not any(_has_nan(env[source]) for source in node.all_input_nodes):
+                    # The zeros of masked indices were divided by their own norm.
+                    env[node] = _on_kept(rz, node, env)
     raise AssertionError("a graph has an output")
+
+
+def _has_nan(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(is_tensor(v) and v.is_floating_point() and bool(v.isnan().any()) for v in values)
 
 
 def _masked(tensor: Tensor | None, rz: Resizer, dims: tuple[Axis, ...]) -> Any:

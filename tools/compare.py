@@ -9,8 +9,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ..backends.compare import dynamic_sizes, example_like, other_sizes, run_program
-from ..graph.errors import PreconditionError
+from ..backends.compare import run_program
+from ..graph.compare import (
+    absolute_difference,
+    dynamic_sizes,
+    example_like,
+    magnitude,
+    other_sizes,
+    relative_difference,
+)
+from ..graph.errors import PreconditionError, first_line
 from ..graph.program import Program
 
 Run = Callable[..., Any]
@@ -48,10 +56,10 @@ def second_sizes(program: Program, wanted: bool | Mapping[str, int]) -> dict[str
             failure = err
             continue
         return {**dynamic_sizes(program), **sizes}
-    reason = next(iter(str(failure).splitlines()), "")
+    assert failure is not None
     raise PreconditionError(
         f"{program.name} has the dynamic dimensions {', '.join(dynamic_sizes(program))} but does not run at "
-        f"{candidates[-1]}: {reason}; give sizes that it takes in check.second_shape"
+        f"{candidates[-1]}: {first_line(failure)}; give sizes that it takes in check.second_shape"
     ) from failure
 
 
@@ -66,7 +74,7 @@ def differences(program: Program, run: Run, sizes: Mapping[str, int] | None = No
     Returns:
         ``sizes``; ``max_abs``, the largest difference of any output; ``max_rel``, the largest of the differences over
         the largest magnitude of their output; ``magnitude``, the largest magnitude; ``outputs``, the same of each.
-        A difference is infinite where one side is not finite and the other is not the same.
+        What counts as a difference, and where it is infinite, says `graph.compare`.
     """
     flat = inputs_at(program, sizes)
     want = tensors_of(run_program(program, flat))
@@ -75,7 +83,18 @@ def differences(program: Program, run: Run, sizes: Mapping[str, int] | None = No
         got = tensors_of(run(*args, **kwargs))
     if len(want) != len(got):
         raise PreconditionError(f"the export gives {len(got)} outputs, the program {len(want)}")
-    outputs = [_difference(a, b) for a, b in zip(want, got, strict=True)]
+    for a, b in zip(want, got, strict=True):
+        if a.shape != b.shape:
+            raise PreconditionError(f"the export gives an output of shape {list(b.shape)}, the program {list(a.shape)}")
+    outputs: list[dict[str, Any]] = [
+        {
+            "shape": list(a.shape),
+            "max_abs": absolute_difference(b, a),
+            "max_rel": relative,
+            "magnitude": magnitude(a),
+        }
+        for a, b, relative in zip(want, got, relative_difference(got, want), strict=True)
+    ]
     return {
         "sizes": {**dynamic_sizes(program), **(sizes or {})},
         **{key: max((o[key] for o in outputs), default=0.0) for key in ("max_abs", "max_rel", "magnitude")},
@@ -86,21 +105,3 @@ def differences(program: Program, run: Run, sizes: Mapping[str, int] | None = No
 def tensors_of(value: Any) -> list[Tensor]:
     """Return the tensors of any output structure, NumPy arrays included, in order."""
     return [torch.as_tensor(leaf) for leaf in pytree.tree_leaves(value) if hasattr(leaf, "shape")]
-
-
-def _difference(want: Tensor, got: Tensor) -> dict[str, Any]:
-    if want.shape != got.shape:
-        raise PreconditionError(
-            f"the export gives an output of shape {list(got.shape)}, the program {list(want.shape)}"
-        )
-    facts: dict[str, Any] = {"shape": list(want.shape), "max_abs": 0.0, "max_rel": 0.0, "magnitude": 0.0}
-    a, b = want.detach().cpu().double(), got.detach().cpu().double()
-    finite = a.isfinite()
-    same = torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) and bool(b[finite].isfinite().all())
-    if not same:
-        return {**facts, "max_abs": float("inf"), "max_rel": float("inf")}
-    if finite.any():
-        magnitude, apart = float(a[finite].abs().max()), float((a - b)[finite].abs().max())
-        facts |= {"max_abs": apart, "magnitude": magnitude}
-        facts["max_rel"] = apart / magnitude if magnitude > 0 else (0.0 if apart == 0 else float("inf"))
-    return facts

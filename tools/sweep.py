@@ -25,6 +25,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..frontends.capture import capture
+from ..graph.compare import magnitude, relative_difference, tolerance_for
 from ..graph.depgraph import DepGraph, depgraph
 from ..graph.errors import first_line
 from ..graph.groups import CouplingGroup
@@ -35,8 +36,8 @@ from .zoo import ZOO
 from .zoo.entry import Case, Entry
 from .zoo.inventory import INVENTORY, unexplained
 
-# Relative to the largest output. Models run in float64; the looser bound is for those that cast to float32 inside.
-TOLERANCE, TOLERANCE_FLOAT32 = 1e-6, 2e-4
+# An oracle whose outputs are all smaller than this would accept anything.
+NEAR_ZERO = 1e-8
 
 
 @dataclass
@@ -145,7 +146,7 @@ def judge(
 def tolerance(program: Program) -> float:
     """Return the bound: looser where the model itself computes in float32."""
     single = any(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dtype is torch.float32 for n in program.nodes)
-    return TOLERANCE_FLOAT32 if single else TOLERANCE
+    return tolerance_for(torch.float32 if single else torch.float64, "masking")
 
 
 def outputs_of(program: Program, case: Case) -> list[Tensor]:
@@ -172,18 +173,14 @@ def floats(leaves: Iterable[Any]) -> list[Tensor]:
 
 
 def difference(got: list[Tensor], want: list[Tensor]) -> float:
-    """Return the largest difference relative to the largest value of its output; infinite if not comparable."""
+    """Return the largest relative difference of any output; infinite if not comparable, not finite or near zero."""
     if len(got) != len(want) or not got:
         return float("inf")
-    worst = 0.0
-    for a, b in zip(got, want, strict=True):
-        if a.shape != b.shape or not bool(torch.isfinite(a).all()):
-            return float("inf")
-        scale = float(b.abs().max()) if b.numel() else 1.0
-        if scale < 1e-8:
-            return float("inf")  # an oracle near zero would accept anything
-        worst = max(worst, float((a - b).abs().max()) / scale)
-    return worst
+    if not all(bool(tensor.isfinite().all()) for tensor in got):
+        return float("inf")
+    if any(b.numel() and magnitude(b) < NEAR_ZERO for b in want):
+        return float("inf")
+    return max(relative_difference(got, want))
 
 
 def short(err: BaseException) -> str:

@@ -27,16 +27,10 @@ import torch
 from torch import Tensor
 
 from ..backends.artifacts import summary
-from ..backends.compare import (
-    FLOAT32_TOLERANCE,
-    dynamic_sizes,
-    example_like,
-    inputs_at_other_sizes,
-    relative_difference,
-    run_program,
-)
+from ..backends.compare import inputs_at_other_sizes, run_program
 from ..backends.onnx_export import OnnxArtifact, export_onnx
 from ..frontends.capture import capture
+from ..graph.compare import dynamic_sizes, example_like, relative_difference, tolerance_for
 from ..graph.depgraph import depgraph
 from ..graph.errors import GraphwrightError
 from ..graph.files import staged_file
@@ -46,6 +40,7 @@ from .sweep import in_float64, outputs_of, random_keep, select, short
 from .zoo import missing
 from .zoo.entry import Case, Entry
 
+LIMIT = tolerance_for(torch.float32, "runtime")
 STATUSES = ("ok", "refused", "wrong", "raised", "skipped")
 
 
@@ -131,16 +126,16 @@ def _export(row: OnnxRow, program: Program, entry: Entry, case: Case, seed: int)
         row.opset = artifact.opset
         row.error, row.error_second = _errors(artifact, row.batch)
         apart = max(row.error, row.error_second)
-        if FLOAT32_TOLERANCE < apart < math.inf:
+        if LIMIT < apart < math.inf:
             row.error, row.error_second = _errors_in_float64(artifact, program, entry, case, seed)
     largest = max((float(v.abs().max()) for v in outputs_of(program, case) if v.numel()), default=0.0)
     if largest < 1e-8:
         row.status, row.reason = "wrong", "the output is near zero, so that comparing shows nothing"
-    elif not max(row.error, row.error_second) <= FLOAT32_TOLERANCE:
+    elif not max(row.error, row.error_second) <= LIMIT:
         row.status, row.reason = "wrong", f"a relative difference of {apart:.2e}"
     else:
         row.status = "ok"
-        if apart > FLOAT32_TOLERANCE:
+        if apart > LIMIT:
             row.reason = f"compared with float64; the program in float32 is {apart:.2e} from the file"
 
 
@@ -175,7 +170,7 @@ def _errors_in_float64(
         want = [v for v in run_program(precise, wide) if isinstance(v, Tensor)]
         got = runner(*(v for v in call if isinstance(v, Tensor)))
         same = [v.to(w.dtype) for v, w in zip(got, want, strict=True)]
-        worst.append(max(relative_difference(want, same)))
+        worst.append(max(relative_difference(same, want)))
     return max(worst[:first]), max(worst[first:])
 
 

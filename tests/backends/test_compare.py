@@ -1,4 +1,4 @@
-"""Check inputs stay valid, and differences are seen."""
+"""Exports are compared at another size too, and what is too far off is refused."""
 
 import math
 
@@ -6,81 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphwright.backends.compare import (
-    default_tolerance,
-    dynamic_sizes,
-    example_like,
-    inputs_at_other_sizes,
-    other_sizes,
-    relative_difference,
-)
+from graphwright.backends.compare import Check, compare, default_tolerance, inputs_at_other_sizes
 from graphwright.frontends.capture import capture
 from graphwright.graph.errors import ExportError
-
-
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(50, 4)
-
-    def forward(self, ids: Tensor, mask: Tensor, bias: Tensor, steps: Tensor, keep: bool = True) -> Tensor:
-        x = self.table(ids) * mask.unsqueeze(-1) + steps[:, None, None]
-        return x.masked_fill(bias.isinf().unsqueeze(-1), 0.0)
-
-
-IDS = torch.tensor([[7, 30, 12, 44], [9, 8, 41, 25]])
-MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-BIAS = torch.tensor([[0.0, -math.inf, 0.0, 0.0], [0.0, 0.0, 0.0, -math.inf]])
-STEPS = torch.tensor([1.0, 999.0])
-
-
-def mixed_program():
-    dims = {0: "batch", 1: "tokens"}
-    return capture(
-        Mixed(),
-        (IDS, MASK, BIAS, STEPS),
-        {"keep": True},
-        {"ids": dims, "mask": dims, "bias": dims, "steps": {0: "batch"}},
-    )
-
-
-def test_values_stay_in_the_examples_range_and_masks_keep_their_pattern() -> None:
-    program = mixed_program()
-    ids, mask, bias, steps, keep = example_like(program, {"batch": 3, "tokens": 8}, seed=3)
-    assert keep is True
-    assert (ids.shape, mask.shape, bias.shape, steps.shape) == ((3, 8), (3, 8), (3, 8), (3,))
-    assert ids.min() >= 7 and ids.max() <= 44 and len(ids.unique()) > 8
-    assert steps.min() >= 1 and steps.max() <= 999 and len(steps.unique()) >= 2
-    assert torch.equal(mask[2], torch.cat([MASK[0], MASK[0]]))
-    assert torch.equal(bias[1], torch.cat([BIAS[1], BIAS[1]]))
-
-
-def test_same_seed_gives_the_same_values_and_another_seed_others() -> None:
-    program = mixed_program()
-    first, again, other = (example_like(program, seed=seed)[0] for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(example_like(program)[0], IDS)
-
-
-def test_example_is_not_changed_or_shared() -> None:
-    program = mixed_program()
-    example_like(program)[0].zero_()
-    assert torch.equal(program.example[0], IDS)
-
-
-def test_unknown_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"names \['token'\]; the dynamic dimensions are \['batch', 'tokens'\]"):
-        example_like(mixed_program(), {"token": 3})
-
-
-def test_other_sizes_change_every_dimension() -> None:
-    program = mixed_program()
-    assert dynamic_sizes(program) == {"batch": 2, "tokens": 4}
-    candidates = list(other_sizes(program))
-    assert candidates[0] == {"batch": 3, "tokens": 8}
-    assert {"batch": 3, "tokens": 2} in candidates
-    assert all(c["batch"] != 2 and c["tokens"] != 4 for c in candidates)
 
 
 class Positions(nn.Module):
@@ -108,44 +36,48 @@ def test_program_that_runs_at_no_other_size_is_refused() -> None:
         inputs_at_other_sizes(program, {"batch": 2, "tokens": 9}, 0)
 
 
-def test_difference_is_relative_to_the_largest_magnitude() -> None:
-    want = torch.tensor([0.0, -200.0, 3.0])
-    assert relative_difference([want], [want + torch.tensor([0.0, 0.0, 1.0])]) == [pytest.approx(1 / 200)]
-    tiny = want * 1e-20
-    assert relative_difference([tiny], [tiny * 1.5])[0] == pytest.approx(0.5, rel=1e-6)
+CHECK = Check("example inputs", (), (torch.tensor([0.0, -200.0]), torch.tensor([1, 2])))
 
 
-def test_output_of_zeros_is_measured_against_the_others() -> None:
-    zeros, big = torch.zeros(3), torch.full((3,), 10.0)
-    assert relative_difference([zeros, big], [zeros + 0.1, big]) == [pytest.approx(0.01), 0.0]
+def test_a_check_reports_every_output() -> None:
+    actual = [torch.tensor([0.5, -200.0]), torch.tensor([1, 2])]
+    assert compare("the export", ["a", "b"], CHECK, actual, 0.01) == {
+        "inputs": "example inputs",
+        "differences": {"a": 0.0025, "b": 0.0},
+        "max_difference": 0.0025,
+    }
 
 
 @pytest.mark.parametrize(
-    ("want", "got"),
+    ("actual", "what"),
     [
-        (torch.ones(3), torch.ones(3, 1)),
-        (torch.ones(3), torch.ones(3, dtype=torch.float64)),
-        (torch.ones(2), torch.tensor([1.0, math.nan])),
-        (torch.tensor([math.nan]), torch.tensor([1.0])),
-        (torch.tensor([math.inf]), torch.tensor([-math.inf])),
-        (torch.tensor([1, 2]), torch.tensor([1, 3])),
-        (torch.tensor([True]), torch.tensor([False])),
+        (
+            [torch.tensor([4.0, -200.0]), torch.tensor([1, 2])],
+            "output 'a' on the example inputs has a relative difference of 0.02",
+        ),
+        (
+            [torch.tensor([0.0, -200.0]), torch.tensor([1, 3])],
+            "output 'b' on the example inputs has another shape, dtype, integer or infinity",
+        ),
+        (
+            [torch.tensor([0.0, math.nan]), torch.tensor([1, 2])],
+            "output 'a' on the example inputs has another shape, dtype, integer or infinity",
+        ),
     ],
 )
-def test_what_is_not_a_matter_of_rounding_is_infinite(want: Tensor, got: Tensor) -> None:
-    assert relative_difference([want], [got]) == [math.inf]
-
-
-def test_equal_infinities_and_nans_are_no_difference() -> None:
-    value = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
-    assert relative_difference([value], [value.clone()]) == [0.0]
+def test_what_is_too_far_off_is_refused(actual: list[Tensor], what: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        compare("the export of Net", ["a", "b"], CHECK, actual, 0.01)
+    start = "the export of Net does not compute what the program computes"
+    assert str(caught.value) == f"{start}: {what}, at most 0.01 is accepted; nothing was written"
 
 
 def test_missing_output_is_refused() -> None:
     with pytest.raises(ExportError, match="returns 1 tensors, the program 2"):
-        relative_difference([torch.ones(1)] * 2, [torch.ones(1)])
+        compare("the export", ["a", "b"], CHECK, [torch.ones(1)], 0.01)
 
 
 def test_tolerance_follows_from_the_coarsest_dtype() -> None:
     assert default_tolerance(capture(nn.Linear(4, 3), (torch.randn(2, 4),))) == 1e-4
     assert default_tolerance(capture(nn.Linear(4, 3).half(), (torch.randn(2, 4).half(),))) == 2e-2
+    assert default_tolerance(capture(nn.Linear(4, 3).double(), (torch.randn(2, 4).double(),))) == 1e-4

@@ -127,6 +127,24 @@ def test_wrong_result_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: self.layer(y) + 1, lambda y: self.layer(y) - 1, (x,))
+
+
+def test_condition_is_refused_with_its_place(tmp_path: Path) -> None:
+    program = capture(Branches(), (torch.randn(4, 5),))
+    with pytest.raises(
+        ExportError, match=r"^TorchScript is a trace and cannot hold 'cond' of Branches; .*\n  at %cond = cond "
+    ):
+        export_torchscript(program, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damaged_file_is_refused(exported: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(exported, tmp_path / "copy")
     with (copy / "model.torchscript.pt").open("ab") as stream:

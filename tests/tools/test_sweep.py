@@ -79,6 +79,11 @@ def test_an_output_near_zero_is_no_agreement() -> None:
     assert sweep.difference([torch.zeros(3)], [torch.zeros(3)]) == float("inf")
 
 
+@pytest.mark.parametrize("want", [float("nan"), float("inf")])
+def test_an_oracle_that_is_not_finite_is_no_agreement(want: float) -> None:
+    assert sweep.difference([torch.ones(3)], [torch.tensor([1.0, 1.0, want])]) == float("inf")
+
+
 def test_a_model_that_cannot_be_captured_is_reported_as_raised() -> None:
     class Branches(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
