@@ -114,6 +114,9 @@ def _export(
     order = _match_leaves(bound_leaves, leaves)
     shapes = pytree.tree_unflatten([marks[i] for i in order], bound_spec)
     modes = [(m, m.training) for m in model.modules() if m.training]
+    # What went wrong is in the exception; torch also logs each failing operator with its whole stack.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    silent, log.disabled = log.disabled, True
     try:
         for module, _ in modes:
             module.training = False
@@ -121,6 +124,7 @@ def _export(
             warnings.filterwarnings("ignore", _RESTORED_LISTS, UserWarning)
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes if labels else None, strict=False)
     finally:
+        log.disabled = silent
         for module, mode in modes:
             module.training = mode
 

@@ -76,8 +76,11 @@ def check_guards(program: str, guards: Sequence[str], sizes: Sizes) -> None:
 
 
 def holds(text: str, sizes: Sizes) -> bool:
-    """Whether a condition holds for the shapes of the tensor inputs."""
-    return bool(_evaluate(_parsed(text), sizes))
+    """Whether a condition holds for the shapes of the tensor inputs; one that divides by zero does not."""
+    try:
+        return bool(_evaluate(_parsed(text), sizes))
+    except ZeroDivisionError:
+        return False
 
 
 class _Any(Sequence[int]):

@@ -7,12 +7,14 @@ complete in itself, and can be verified, rewritten, exported and run like any ot
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from .errors import PreconditionError
+from .plan_module import PlanModule
 from .program import InputSpec, Program
 from .schedules import Schedule
 from .verify import verify
@@ -73,6 +75,10 @@ class Plan:
     def tensors(self) -> dict[str, Tensor]:
         """Return every parameter and buffer of every stage, by name; stages share them."""
         return {name: t for stage in self.stages.values() for name, t in stage.program.tensors().items()}
+
+    def module(self, clock: Callable[[], Sequence[Any]] | None = None, ascending: bool = False) -> PlanModule:
+        """Return a module with the denoiser's call signature that runs the plan; see `PlanModule`."""
+        return PlanModule(self, clock, ascending)
 
     def check(self) -> None:
         """Check the plan as a whole, then every program.

@@ -121,9 +121,9 @@ class Program:
 
     def flatten(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Check the inputs against `inputs` and return them as the graph's placeholders expect them."""
-        args, kwargs = self._arranged(args, kwargs)
+        args, named = self._arranged(args, kwargs)
         self._check_count(args)
-        kwargs = self._ordered(kwargs)
+        kwargs = self._ordered(named)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
             raise InputError(self._other_structure(args, kwargs))

@@ -25,12 +25,14 @@ _WHERE = {
     "FoldBatchNorm": "passes.fold_batch_norm",
     "GraphwrightError": "graph.errors",
     "InputError": "graph.errors",
+    "InsertFeatureCache": "passes.insert_feature_cache",
     "LoadError": "graph.errors",
     "OnnxRunner": "backends.onnx_runner",
     "Pass": "passes.base",
     "PassResult": "passes.base",
     "Pipeline": "passes.base",
     "PipelineResult": "passes.base",
+    "Plan": "graph.plan",
     "PreconditionError": "graph.errors",
     "Program": "graph.program",
     "ProviderError": "graph.errors",
@@ -41,6 +43,7 @@ _WHERE = {
     "Skipped": "passes.base",
     "VerificationError": "graph.errors",
     "WriteBackError": "graph.errors",
+    "apply_deepcache": "tools.pipelines",
     "capture": "frontends.capture",
     "cost": "graph.cost",
     "depgraph": "graph.depgraph",
@@ -51,9 +54,11 @@ _WHERE = {
     "load": "frontends.artifact",
     "load_program": "graph.serialize",
     "register_rule": "graph.rules",
+    "residual_joins": "graph.joins",
     "resize": "graph.resize",
     "save": "frontends.artifact",
     "save_program": "graph.serialize",
+    "skip_joins": "graph.joins",
     "unregister_rule": "graph.rules",
     "verify": "graph.verify",
     "write_back": "frontends.write_back",
@@ -83,7 +88,10 @@ if TYPE_CHECKING:
     from .graph.errors import VerificationError as VerificationError
     from .graph.errors import WriteBackError as WriteBackError
     from .graph.groups import CouplingGroup as CouplingGroup
+    from .graph.joins import residual_joins as residual_joins
+    from .graph.joins import skip_joins as skip_joins
     from .graph.layers import layer_groups as layer_groups
+    from .graph.plan import Plan as Plan
     from .graph.program import Program as Program
     from .graph.resize import RemovalRecord as RemovalRecord
     from .graph.resize import resize as resize
@@ -101,9 +109,11 @@ if TYPE_CHECKING:
     from .passes.criteria import Scoring as Scoring
     from .passes.eliminate_dead_code import EliminateDeadCode as EliminateDeadCode
     from .passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
+    from .passes.insert_feature_cache import InsertFeatureCache as InsertFeatureCache
     from .passes.remove_channels import RemoveChannels as RemoveChannels
     from .passes.remove_dropout import RemoveDropout as RemoveDropout
     from .passes.sparse_training import group_lasso_gradients as group_lasso_gradients
+    from .tools.pipelines import apply_deepcache as apply_deepcache
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,11 @@ def test_a_condition_is_what_python_would_make_of_it(text: str, holds: bool) -> 
             check_guards("Net", [text], SIZES)
 
 
+def test_a_division_by_zero_does_not_hold() -> None:
+    with pytest.raises(InputError, match="was captured where"):
+        check_guards("Net", ["size('x', 0) % (size('x', 1) // 8) == 0"], SIZES)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -88,7 +88,10 @@ def _transformers() -> dict[str, Difference]:
         ),
         "bloom": _lost(f"{slopes}; {FUSED}", ("head", 6), *_times(("value dim", 8), 2), frozen=POSITIONS),
         "mpt": _lost(slopes, ("head", 6), frozen=POSITIONS),
-        "sam": _lost(FUSED, *_times(("value dim", 8), 2)),
+        **{
+            name: _lost(FUSED, *_times(("value dim", 8), 2))
+            for name in ("sam", "sam_encoder", "sam_encoder_no_relative")
+        },
         "swinv2": Difference(
             "a coordinate of the table that the network of the position biases reads is a dimension like any other",
             extra={("hidden", 2): 4},

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..graph.errors import InputError, PreconditionError
-from ..graph.plan import Plan
-from ..graph.schedules import REFRESH
+from .errors import InputError, PreconditionError
+from .schedules import REFRESH
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 Signature = tuple[tuple[Any, ...], ...]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import graphwright as gw
-from graphwright.backends.plan_module import PlanModule
 from graphwright.graph.plan import Plan
+from graphwright.graph.plan_module import PlanModule
 from graphwright.graph.schedules import Listed, Schedule, Uniform
 from graphwright.passes.insert_feature_cache import InsertFeatureCache
 

@@ -1,0 +1,228 @@
+"""DeepCache on unmodified diffusers pipelines, beside the package DeepCache, and where that package fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graphwright as gw
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def pipeline(kind: str = "StableDiffusionPipeline", scheduler: str = "DDIMScheduler", layers: int = 2) -> Any:
+    """Return a pipeline of Stable Diffusion's kind with two levels and small widths; embeddings stand in for its text encoder."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=layers,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipe = getattr(diffusers, kind)(
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet.eval(),
+        scheduler=getattr(diffusers, scheduler)(**betas),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe: Any, seed: int = 0, steps: int = 6, **options: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    positive, negative = (torch.randn(1, 5, 12, generator=generator) for _ in range(2))
+    size = {} if "image" in options else {"height": 16, "width": 16}
+    return pipe(
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
+        num_inference_steps=steps,
+        generator=generator,
+        output_type="latent",
+        **size,
+        **options,
+    ).images
+
+
+def history(handle: Any) -> str:
+    return "".join("F" if name == "refresh" else "-" for name in handle.cached._last.history())
+
+
+@pytest.mark.parametrize("branch", [0, 1, 3, 5])
+def test_pictures_are_those_of_the_package(branch: int) -> None:
+    from DeepCache import DeepCacheSDHelper
+
+    pipe = pipeline()
+    without = drawn(pipe)
+    helper = DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=3, cache_branch_id=branch)
+    helper.enable()
+    want = drawn(pipe)
+    helper.disable()
+
+    pipe = pipeline()
+    handle = gw.apply_deepcache(pipe, cache_interval=3, cache_branch_id=branch)
+    got = drawn(pipe)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    assert history(handle) == "F--F--"
+    assert float((got - without).abs().max()) > 1e-4
+    assert "6 evaluations, 2 of them full" in handle.summary()
+
+
+def test_undone_the_pipeline_is_what_it_was() -> None:
+    pipe = pipeline()
+    before, attributes, config = drawn(pipe), dict(vars(pipe)), dict(pipe.config)
+    unet = dict(vars(pipe.unet))
+    with gw.apply_deepcache(pipe) as handle:
+        assert pipe.unet.config.sample_size == 8 and pipe.unet.dtype is torch.float32
+        drawn(pipe)
+    assert vars(pipe) == attributes and dict(pipe.config) == config
+    assert vars(pipe.unet).keys() == unet.keys()
+    assert torch.equal(drawn(pipe), before)
+    handle.disable()
+    assert vars(pipe) == attributes
+
+
+def test_an_interval_of_one_is_bit_identical() -> None:
+    pipe = pipeline()
+    before = drawn(pipe)
+    gw.apply_deepcache(pipe, interval=1)
+    assert torch.equal(drawn(pipe), before)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "want"), [("PNDMScheduler", 6, "F-F-F-F"), ("HeunDiscreteScheduler", 5, "F-F-F-F-F")]
+)
+def test_times_that_repeat_do_not_shift_the_schedule(scheduler: str, steps: int, want: str) -> None:
+    pipe = pipeline(scheduler=scheduler)
+    pipe.scheduler.register_to_config(skip_prk_steps=True)
+    handle = gw.apply_deepcache(pipe, interval=2)
+    for _ in range(2):
+        drawn(pipe, steps=steps)
+        assert history(handle) == want
+
+
+def test_two_pictures_from_pictures_with_other_strengths_are_those_of_fresh_runs() -> None:
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def one(strength: float, pipe: Any) -> Tensor:
+        return drawn(pipe, image=image, strength=strength, steps=10)
+
+    shared = pipeline("StableDiffusionImg2ImgPipeline")
+    gw.apply_deepcache(shared)
+    for strength in (0.8, 0.6, 1.0):
+        fresh = pipeline("StableDiffusionImg2ImgPipeline")
+        gw.apply_deepcache(fresh)
+        assert torch.equal(one(strength, shared), one(strength, fresh))
+
+
+def test_guidance_switched_off_midway_makes_a_full_evaluation() -> None:
+    def switch_off(pipe: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if i == 3:
+            pipe._guidance_scale = 0.0
+            values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[-1]
+        return values
+
+    options = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    pipe = pipeline()
+    handle = gw.apply_deepcache(pipe)
+    drawn(pipe, **options)
+    assert history(handle) == "F--FF-"
+
+
+def test_a_run_stopped_by_an_error_leaves_nothing_behind() -> None:
+    def stop(pipe: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if i == 1:
+            raise KeyboardInterrupt
+        return values
+
+    pipe = pipeline()
+    handle = gw.apply_deepcache(pipe)
+    want = drawn(pipe, seed=2)
+    with pytest.raises(KeyboardInterrupt):
+        drawn(pipe, seed=3, callback_on_step_end=stop)
+    assert torch.equal(drawn(pipe, seed=2), want)
+    assert history(handle) == "F--F--"
+
+
+def test_other_batches_sizes_and_weights() -> None:
+    pipe = pipeline()
+    handle = gw.apply_deepcache(pipe)
+    drawn(pipe)
+    captured = len(handle.cached._plans)
+    assert drawn(pipe, num_images_per_prompt=3).shape[0] == 3
+    assert len(handle.cached._plans) == captured  # any batch
+    before = drawn(pipe)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1)  # in place: the plan reads the same tensor
+    changed = drawn(pipe)
+    assert float((changed - before).abs().max()) > 0.1
+    handle.disable()
+    pipe.unet.conv_out.bias = torch.nn.Parameter(pipe.unet.conv_out.bias.detach() * 2)
+    with gw.apply_deepcache(pipe, interval=1):
+        cached = drawn(pipe)
+    assert torch.equal(cached, drawn(pipe))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_other_numbers_of_layers_have_all_their_branches(layers: int) -> None:
+    pipe = pipeline(layers=layers)
+    branches = 2 * (layers + 1)
+    handle = gw.apply_deepcache(pipe, branch=branches - 1)
+    drawn(pipe, steps=2)
+    assert history(handle) == "F-"
+    handle.disable()
+    gw.apply_deepcache(pipe, branch=branches)
+    with pytest.raises(gw.PreconditionError, match=f"numbered from 0 .the shallowest. to {branches - 1}"):
+        drawn(pipe, steps=2)
+
+
+class Plain:
+    """Somebody's own sampling code."""
+
+    def __init__(self, **parts: Any) -> None:
+        vars(self).update(parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Plain(scheduler=1), "Plain has no denoiser: a pipeline has one of unet, transformer, prior"),
+        (lambda: Plain(unet=torch.nn.Linear(1, 1)), "Plain has no scheduler"),
+    ],
+)
+def test_what_is_no_pipeline_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(gw.PreconditionError, match=message):
+        gw.apply_deepcache(make())
+
+
+def test_a_second_cache_is_refused_and_the_first_still_works() -> None:
+    pipe = pipeline()
+    handle = gw.apply_deepcache(pipe)
+    with pytest.raises(gw.PreconditionError, match="has a cache already"):
+        gw.apply_deepcache(pipe)
+    with pytest.raises(gw.PreconditionError, match="captured when the pipeline is first called"):
+        _ = handle.plan
+    drawn(pipe, steps=2)
+    assert history(handle) == "F-"
