@@ -36,7 +36,8 @@ def full(schedule: Schedule, evaluations: int) -> list[int]:
 def test_centred_schedules_are_those_of_the_paper_and_of_its_code(arguments, mode: str) -> None:
     reference, paper = VECTORS[arguments]
     want = paper if mode == "paper" else reference
-    assert full(centred(*arguments, mode), arguments[0]) == list(map(int, want.split()))
+    evaluations, interval, center, power = arguments
+    assert full(centred(evaluations, interval, center, power, mode), evaluations) == list(map(int, want.split()))
 
 
 @pytest.mark.parametrize("mode", ["reference", "paper"])
