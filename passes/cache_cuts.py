@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch.fx import Node
 
+from ..graph.errors import PreconditionError
 from ..graph.plan import Stage
 from ..graph.program import Program
 from ..graph.rewriter import Rewriter
@@ -42,6 +43,16 @@ def cut_stages(
         _give(program, rule, {register: cuts[register] for register in writes})
     program.changed()
     return {REFRESH: Stage(program, writes=tuple(writes)), **stages}
+
+
+def require_timestep(rule: str, program: Program, timestep: str) -> None:
+    """Raise `PreconditionError` unless the program has an input of that name."""
+    names = [spec.name for spec in program.inputs if spec.is_tensor]
+    if timestep not in names:
+        raise PreconditionError(
+            f"{rule} needs to know the time, and {program.name} has no input '{timestep}'; its inputs are "
+            f"{', '.join(names)}: set timestep to one of them"
+        )
 
 
 def _take(program: Program, rule: str, cuts: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from ..graph.plan import Plan
 from ..graph.program import Program
 from ..graph.schedules import REUSE, Schedule, Uniform
 from .base import Context, Pass, PassResult
-from .cache_cuts import cut_stages
+from .cache_cuts import cut_stages, require_timestep
 
 REGISTER = "cached_feature"
 
@@ -70,16 +70,6 @@ class InsertFeatureCache(Pass):
             "register_bytes": join.main.meta["val"].element_size() * _elements(plan),
         }
         return PassResult(True, stats, output=plan)
-
-
-def require_timestep(rule: str, program: Program, timestep: str) -> None:
-    """Raise `PreconditionError` unless the program has an input of that name."""
-    names = [spec.name for spec in program.inputs if spec.is_tensor]
-    if timestep not in names:
-        raise PreconditionError(
-            f"{rule} needs to know the time, and {program.name} has no input '{timestep}'; its inputs are "
-            f"{', '.join(names)}: set timestep to one of them"
-        )
 
 
 def _note(join: SkipJoin) -> str:

@@ -26,6 +26,7 @@ _WHERE = {
     "GraphwrightError": "graph.errors",
     "InputError": "graph.errors",
     "InsertFeatureCache": "passes.insert_feature_cache",
+    "InsertLayerCache": "passes.insert_layer_cache",
     "LoadError": "graph.errors",
     "OnnxRunner": "backends.onnx_runner",
     "Pass": "passes.base",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from .passes.eliminate_dead_code import EliminateDeadCode as EliminateDeadCode
     from .passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from .passes.insert_feature_cache import InsertFeatureCache as InsertFeatureCache
+    from .passes.insert_layer_cache import InsertLayerCache as InsertLayerCache
     from .passes.remove_channels import RemoveChannels as RemoveChannels
     from .passes.remove_dropout import RemoveDropout as RemoveDropout
     from .passes.sparse_training import group_lasso_gradients as group_lasso_gradients

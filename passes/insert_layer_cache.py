@@ -1,0 +1,88 @@
+"""Cache of residual branches: attention and feed-forward results of an earlier evaluation stand in for new ones.
+
+before: h = x + gate * f(x)
+after:  refresh: r = f(x); h = x + gate * r; return ..., r
+        reuse:   h = x + gate * r, with the r of an earlier evaluation; stream and gate are those of this one
+
+Which branches are reused at which evaluation is a list, as Learning-to-Cache (arXiv 2406.01733) learns it, or all of some
+kind at every evaluation but each N-th, as in FORA (arXiv 2407.01425).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..graph.cost import cost
+from ..graph.errors import PreconditionError
+from ..graph.joins import ResidualJoin, residual_joins
+from ..graph.plan import Plan
+from ..graph.program import Program
+from ..graph.schedules import REFRESH, REUSE, Listed, Schedule, Uniform
+from .base import Context, Pass, PassResult
+from .cache_cuts import cut_stages, require_timestep
+
+KINDS = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class InsertLayerCache(Pass):
+    """Take chosen residual branches from the last full evaluation.
+
+    Attributes:
+        reuse: For every evaluation of a run the numbers of the branches to take, in graph order; an empty entry is a
+            full evaluation, and so must be the first. Given, it fixes the number of evaluations.
+        interval_steps: Without ``reuse``: a full evaluation every so many steps.
+        kinds: Without ``reuse``: the kinds of branches that all other evaluations take.
+        timestep: Name of the input that holds the time.
+    """
+
+    name: ClassVar[str] = "insert-layer-cache"
+
+    reuse: tuple[tuple[int, ...], ...] = ()
+    interval_steps: int = 2
+    kinds: tuple[str, ...] = KINDS
+    timestep: str = "timestep"
+
+    def requires(self, program: Program) -> None:
+        joins = residual_joins(program)
+        if not joins:
+            raise PreconditionError(
+                f"{self.name} needs residual branches with layers in them, and {program.name} has none; for a U-Net use "
+                "insert-feature-cache"
+            )
+        used = {number for numbers in self.reuse for number in numbers}
+        if beyond := sorted(used - set(range(len(joins)))):
+            raise PreconditionError(
+                f"{self.name} has no branch {beyond[0]}: {program.name} has {len(joins)}, numbered from 0 to {len(joins) - 1}"
+            )
+        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
+            raise PreconditionError(f"{self.name} knows no branches of kind {unknown[0]!r}; known: {', '.join(KINDS)}")
+        require_timestep(self.name, program, self.timestep)
+
+    def rewrite(self, program: Program, ctx: Context) -> PassResult:
+        joins = residual_joins(program)
+        patterns, schedule = self._patterns(joins)
+        inputs, name, full = program.inputs, program.name, cost(program).total_macs
+        cuts = {_register(i): join.branch for i, join in enumerate(joins)}
+        registers = {stage: [_register(i) for i in numbers] for stage, numbers in patterns.items()}
+        stages = cut_stages(program, self.name, cuts, registers)
+        notes = tuple(f"{_register(i)} is the {join.kind} of {join.module}" for i, join in enumerate(joins))
+        plan = Plan(stages, schedule, inputs, self.timestep, name, notes)
+        stats: dict[str, float] = {"branches": len(joins), "patterns": len(patterns), "macs_refresh": full}
+        stats |= {f"macs_{stage}": cost(stages[stage].program).total_macs for stage in patterns}
+        return PassResult(True, stats, output=plan)
+
+    def _patterns(self, joins: tuple[ResidualJoin, ...]) -> tuple[dict[str, tuple[int, ...]], Schedule]:
+        """Return the distinct patterns by stage, and the schedule."""
+        if not self.reuse:
+            chosen = tuple(i for i, join in enumerate(joins) if join.kind in self.kinds)
+            return {REUSE: chosen}, Uniform(self.interval_steps)
+        wanted = [tuple(sorted(set(numbers))) for numbers in self.reuse]
+        distinct = [pattern for pattern in dict.fromkeys(wanted) if pattern]
+        stage = {pattern: f"{REUSE}_{i}" for i, pattern in enumerate(distinct)} | {(): REFRESH}
+        return {stage[p]: p for p in distinct}, Listed(tuple(stage[p] for p in wanted))
+
+
+def _register(number: int) -> str:
+    return f"cached_branch_{number}"
