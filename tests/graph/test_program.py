@@ -45,9 +45,9 @@ def program() -> Program:
         (
             (*ARGS, ones(6)),
             {"scale": ones(6)},
-            r"Two was captured with 2 positional inputs \(x, states\), and by name \(scale\), got 3 positional ones; pass",
+            r"Two takes 2 inputs by position \(x, states\), got 3; pass the others by name",
         ),
-        (ARGS[:1], {"scale": ones(6)}, "got 1 positional ones"),
+        (ARGS[:1], {"scale": ones(6)}, "input 'states' of Two is missing; it was captured with x, states, scale"),
         (
             (ARGS[0], ones(3, 4)),
             {"scale": ones(6)},
