@@ -296,3 +296,17 @@ def resize_shape(index: int, name: str) -> Callable[[Resizer, Node], None]:
 def is_tensor(value: object) -> TypeGuard[Tensor]:
     """Whether a recorded value is one tensor."""
     return isinstance(value, torch.Tensor)
+
+
+def frozen(reason: str) -> Callable[[Analysis, Node], Value]:
+    """Make the axes half of an operator that is deliberately not followed."""
+
+    def axes(an: Analysis, node: Node) -> Value:
+        for n in node.all_input_nodes:
+            an.freeze_all(an.of(n), reason)
+        value = node.meta["val"]
+        if isinstance(value, (tuple, list)):
+            return tuple(an.fresh(v, reason) for v in value)
+        return an.fresh(value, reason)
+
+    return axes

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch.fx import Node
 
-from .base import Analysis, AxesRule, Dims, Value, out_sizes, resize_shape
+from .base import Analysis, AxesRule, Dims, frozen, out_sizes, resize_shape
 from .elementwise import COMPUTED, DRAWN
 
 BY_VALUE = "counted or picked by value"
@@ -30,24 +28,11 @@ def random(an: Analysis, node: Node) -> Dims:
     return an.fresh(node.meta["val"], DRAWN)
 
 
-def frozen(reason: str) -> Callable[[Analysis, Node], Value]:
-    """Make the axes half of an operator that is deliberately not followed."""
-
-    def axes(an: Analysis, node: Node) -> Value:
-        for n in node.all_input_nodes:
-            an.freeze_all(an.of(n), reason)
-        value = node.meta["val"]
-        if isinstance(value, (tuple, list)):
-            return tuple(an.fresh(v, reason) for v in value)
-        return an.fresh(value, reason)
-
-    return axes
-
-
 RULES_BY_OVERLOAD: dict[str, AxesRule] = {"aten.where.default": AxesRule(frozen(BY_VALUE))}
 
 _BY_VALUE = (
-    "histc bincount nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim searchsorted bucketize"
+    "histc bincount nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim searchsorted bucketize "
+    "_is_all_true _is_any_true"
 )
 
 RULES: dict[str, AxesRule] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from .base import Analysis, AxesRule, Dims, Value, arg, out_sizes
+from .base import Analysis, AxesRule, Dims, Value, arg, frozen, out_sizes
 
 BY_DATA = "indexed by data"
 
@@ -163,6 +163,8 @@ def section_scatter(an: Analysis, node: Node) -> Dims:
 
 
 RULES: dict[str, AxesRule] = {
+    # The values of the source go where the mask is true, one after the other, whatever dimension that is in.
+    "masked_scatter": AxesRule(frozen("written where a mask is true")),
     "embedding": AxesRule(embedding),
     "embedding_bag": AxesRule(embedding_bag),
     "_embedding_bag": AxesRule(embedding_bag),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
 
 from ..axes import Axis
-from .base import Analysis, AxesRule, Dims, arg, out_sizes
+from .base import Analysis, AxesRule, Dims, arg, frozen, out_sizes
 
 
 def linear(an: Analysis, node: Node) -> Dims:
@@ -172,17 +172,6 @@ def tensordot(an: Analysis, node: Node) -> Dims:
                     _sum_over(an, (operand, d))
     kept = [axis for d, axis in enumerate(a) if d not in left]
     return (*kept, *(axis for d, axis in enumerate(b) if d not in right))
-
-
-def frozen(reason: str) -> Callable[[Analysis, Node], Dims]:
-    """Make the axes half of an operator that is known and not followed."""
-
-    def axes(an: Analysis, node: Node) -> Dims:
-        for source in node.all_input_nodes:
-            an.freeze_all(an.of(source), reason)
-        return an.fresh(node.meta["val"], reason)
-
-    return axes
 
 
 def grouped_mm(an: Analysis, node: Node) -> Dims:

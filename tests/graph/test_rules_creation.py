@@ -73,7 +73,7 @@ def grids_and_classes_freeze(d: Draw) -> Call:
 
 @table(
     "histc bincount nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim searchsorted "
-    "bucketize where"
+    "bucketize where _is_all_true _is_any_true"
 )
 def what_is_counted_or_picked_by_value_freezes(d: Draw) -> Call:
     x, grid = d.ids(3, 4), d.ids(5)
@@ -82,6 +82,8 @@ def what_is_counted_or_picked_by_value_freezes(d: Draw) -> Call:
         call(aten.histc.default, x, 4, expect="!!", out="!"),
         call(aten.bincount.default, d.integers(4, 6), expect="!", out="!"),
         call(aten.nonzero.default, x, expect="!!", out="!!"),
+        call(aten._is_all_true.default, x > 3, expect="!!", out="-"),
+        call(aten._is_any_true.default, x > 3, expect="!!", out="-"),
         call(aten.nonzero_numpy.default, x, expect="!!", out="! !"),
         call(aten.masked_select.default, x, x > 2, expect="!! !!", out="!"),
         call(aten.unique_consecutive.default, x, expect="!!"),

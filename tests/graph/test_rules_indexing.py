@@ -60,6 +60,13 @@ def write_by_integer_indices(d: Draw) -> Call:
     return call(op, x, indices, values, accumulate, expect=own + " !" * count + " " + ("?" * values.dim() or "-"))
 
 
+@table("masked_scatter")
+def what_is_written_where_a_mask_is_true_freezes(d: Draw) -> Call:
+    x, mask = d.ids(2, 4), torch.tensor([True, False, False, True])
+    op = d.pick(aten.masked_scatter.default, aten.masked_scatter_.default)
+    return call(op, x, mask.expand(2, 4), d.ids(4), expect="!! !! !", out="!!")
+
+
 @table("index_put")
 def write_at_later_dimensions_freezes(d: Draw) -> Call:
     x, index = d.ids(2, 4, 3), torch.tensor([2, 0])
