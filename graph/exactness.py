@@ -118,7 +118,7 @@ class Zeros:
     def _alternatives(self, place: Place, leaf: Axis) -> _Alternatives:
         node = place.node
         if node.op == "get_attr":
-            tensor = get_tensor(self._gm, str(node.target))  # type: ignore[arg-type]
+            tensor = get_tensor(self._gm, str(node.target))  # type: ignore[arg-type] (FX arguments have any type)
             return _YES if isinstance(tensor, nn.Parameter) else _NO
         if node.op != "call_function":
             return _NO
@@ -140,7 +140,7 @@ def _given(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
 
 def _getitem(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
     source, output = place.node.args[:2]
-    return [[Place(source, place.dim, output)]]  # type: ignore[arg-type]
+    return [[Place(source, place.dim, output)]]  # type: ignore[arg-type] (FX arguments have any type)
 
 
 def _move(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
@@ -226,19 +226,19 @@ def _addmm(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
 
 def _einsum(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
     equation, operands = place.node.args[:2]
-    ranks = [len(zeros.dims(o)) for o in operands]  # type: ignore[union-attr]
-    terms, output = einsum_terms(equation, ranks)  # type: ignore[arg-type]
+    ranks = [len(zeros.dims(o)) for o in operands]  # type: ignore[union-attr] (FX arguments have any type)
+    terms, output = einsum_terms(equation, ranks)  # type: ignore[arg-type] (FX arguments have any type)
     letter = output[place.dim]
     return [
-        [Place(o, d)]  # type: ignore[arg-type]
-        for term, o in zip(terms, operands, strict=True)  # type: ignore[arg-type]
+        [Place(o, d)]  # type: ignore[arg-type] (FX arguments have any type)
+        for term, o in zip(terms, operands, strict=True)  # type: ignore[arg-type] (FX arguments have any type)
         for d, other in enumerate(term)
         if other == letter
     ]
 
 
 def _outer(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
-    return [[Place(place.node.args[place.dim], 0)]]  # type: ignore[arg-type]
+    return [[Place(place.node.args[place.dim], 0)]]  # type: ignore[arg-type] (FX arguments have any type)
 
 
 def _layer(zeros: Zeros, place: Place, leaf: Axis) -> _Alternatives:
@@ -324,7 +324,7 @@ def _overwritten(nodes: Iterable[Node]) -> set[Node]:
         first = node.args[0] if node.op == "call_function" and node.args else None
         info = schema.arguments[0].alias_info if schema is not None and schema.arguments else None
         alias = isinstance(first, Node) and (info is not None or node.target is operator.getitem)
-        base[node] = base.get(first, first) if alias else node  # type: ignore[arg-type, assignment]
+        base[node] = base.get(first, first) if alias else node  # type: ignore[arg-type, assignment] (FX arguments have any type)
         family.setdefault(base[node], []).append(node)
         if alias and info is not None and info.is_write:
             writes.append((node, base[node]))

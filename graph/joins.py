@@ -1,8 +1,7 @@
 """Where streams meet again: skip connections of a U-shaped network, and residual branches.
 
 Both are found from the graph alone. A *heavy* node is one that multiplies and accumulates (convolution, linear layer,
-attention); sets of ancestors are bitsets, so that the search is linear in the graph but for the length of a machine
-word.
+attention); sets of ancestors are bitsets of one bit a heavy node, or a node, so the search takes nodes times bits / 64.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Rewriter:
     def outputs(self, nodes: Mapping[str, Node]) -> None:
         """Add results: the program then returns ``(what it returned, {name: tensor})``."""
         output = next(iter(reversed(self.program.graph_module.graph.nodes)))
-        output.args = ((*output.args[0], *nodes.values()),)  # type: ignore[misc]
+        output.args = ((*output.args[0], *nodes.values()),)  # type: ignore[misc] (FX arguments have any type)
         if isinstance(output.meta.get("val"), (tuple, list)):
             output.meta["val"] = (*output.meta["val"], *map(_value, nodes.values()))
         added = pytree.tree_structure(dict.fromkeys(nodes, 0))

@@ -31,7 +31,8 @@ class CachedDenoiser(nn.Module):
     """Stands in for a denoiser: captures it at the first call, inserts the cache, and follows the pipeline's sampler.
 
     Inputs of another structure, of other sizes besides the batch, on another device, or other weights (adapters that
-    were loaded since) are captured anew. Everything else that a pipeline asks of it is answered by the denoiser.
+    were loaded since) are captured anew. What changes neither, such as the scale of an adapter, is not seen: take the
+    cache out and put it in again. Everything else that a pipeline asks of it is answered by the denoiser.
 
     Args:
         denoiser: The pipeline's; never changed.

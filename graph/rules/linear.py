@@ -184,7 +184,7 @@ def grouped_mm(an: Analysis, node: Node) -> Dims:
     an.freeze_all((x[0], weight[0], *offsets), "rows are routed to experts by data")
     if node.target is torch.ops.aten._grouped_mm.default:
         # The kernel wants rows that start at multiples of 16 bytes.
-        value = node.args[1].meta["val"]  # type: ignore[union-attr]
+        value = node.args[1].meta["val"]  # type: ignore[union-attr] (FX arguments have any type)
         for axis in (x[1], weight[2] if value.stride(-1) == 1 else weight[1]):
             an.divisible(axis, 16 // value.element_size())
     _sum_over(an, (node.args[0], 1), (node.args[1], 1))
