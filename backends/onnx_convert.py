@@ -19,6 +19,7 @@ from ..graph.errors import ExportError, where
 from ..graph.program import InputSpec
 from .artifacts import summary
 from .flat import FlatProgram
+from .onnx_constants import optimize_exactly
 from .onnx_grouped import translations
 
 OLDEST_OPSET = 18
@@ -64,16 +65,17 @@ def convert(flat: FlatProgram, example: Sequence[torch.Tensor], opset: int) -> C
             onnx_program = torch.onnx.export(
                 exported,
                 dynamo=True,
-                optimize=True,
+                optimize=False,
                 opset_version=opset,
                 external_data=True,
                 verbose=False,
                 custom_translation_table=translations(exported.graph_module),
             )
+            assert onnx_program is not None
+            optimize_exactly(onnx_program)
     # The exporter raises whatever a translation raises; the message below keeps each step of the chain.
     except Exception as err:
         raise ExportError(_conversion_failure(err, exported)) from err
-    assert onnx_program is not None
     model = onnx_program.model
     if model.opset_imports.get("") != opset:
         raise ExportError(
