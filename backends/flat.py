@@ -14,7 +14,8 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node, map_arg
 
 from ..graph.errors import ExportError, where
-from ..graph.program import InputSpec, Program, copy_graph_module
+from ..graph.interface import InputSpec
+from ..graph.program import Program, copy_graph_module
 
 
 @dataclass(frozen=True)

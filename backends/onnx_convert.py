@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from ..graph.errors import ExportError, where
-from ..graph.program import InputSpec
+from ..graph.interface import InputSpec
 from .artifacts import summary
 from .flat import FlatProgram
 from .onnx_constants import optimize_exactly

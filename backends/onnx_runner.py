@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..graph.errors import InputError
-from ..graph.program import check_labels
+from ..graph.interface import check_labels
 from .artifacts import bind_inputs, check_tensor, read_manifest
 from .onnx_runtime import CUDA, SHORT_NAMES, TENSORRT, open_session
 

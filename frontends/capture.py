@@ -17,7 +17,8 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from ..graph.errors import CaptureError, first_line
 from ..graph.guards import understood
-from ..graph.program import InputSpec, Program
+from ..graph.interface import InputSpec
+from ..graph.program import Program
 from ..graph.signature import signature_of
 from .branches import guards_of, without_idle
 from .plain_graph import plain_graph

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .program import InputSpec, Program
+from .interface import InputSpec
+from .program import Program
 
 # What may differ between the two computations.
 #   rounding: the same kernels in the same order, but for a few weights that were rescaled.

@@ -19,13 +19,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from .encoding import decode, decode_target, defining_module, encode, encode_target
 from .errors import ArtifactError, source_line
+from .interface import Interface
 from .names import GroupName
-from .program import InputSpec, Program
-from .signature import decode as decode_signature
-from .signature import encode as encode_signature
+from .program import Program
 from .symbols import SymbolTable, decode_path, encode_path
 from .tensor_records import attach, tensor_records
-from .treespec import decode_spec, encode_spec
 from .values import decode_value, describe, empty, encode_value, symbols_of
 
 # What the document says in another way, or what only torch's own tracing needs.
@@ -46,14 +44,9 @@ def encode_program(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]
     tables = _Tables()
     graph = tables.graph(gm)
     document = {
-        "name": program.name,
+        **Interface.of(program).encode(),
         "notes": list(program.notes),
-        "guards": list(program.guards),
-        "signature": encode_signature(program.signature),
         "group_names": [asdict(name) for name in program.group_names],
-        "inputs": [_encode_input(spec) for spec in program.inputs],
-        "in_spec": encode_spec(program.in_spec),
-        "out_spec": encode_spec(program.out_spec),
         "example": [_encode_example(leaf) for leaf in program.example],
         "symbols": _symbols(program),
         "operators": tables.operators,
@@ -78,7 +71,7 @@ def decode_program(
     Raises:
         ArtifactError: The document is inconsistent, or an operator or a class is not available here.
     """
-    inputs = tuple(_decode_input(data) for data in document["inputs"])
+    form = Interface.decode(document)
     table = SymbolTable(
         {name: data["example"] for name, data in document["symbols"].items()},
         {name: data["label"] for name, data in document["symbols"].items()},
@@ -86,19 +79,19 @@ def decode_program(
     reader = _Reader(document, table, tensors)
     gm = reader.graph_module(document["graph"], "")
     placeholders = gm.graph.find_nodes(op="placeholder")
-    if not len(placeholders) == len(inputs) == len(example):
-        raise ArtifactError(f"the graph has {len(placeholders)} inputs, {len(inputs)} are described")
+    if not len(placeholders) == len(form.inputs) == len(example):
+        raise ArtifactError(f"the graph has {len(placeholders)} inputs, {len(form.inputs)} are described")
     program = Program(
         gm,
-        inputs,
-        decode_spec(document["in_spec"]),
-        decode_spec(document["out_spec"]),
+        form.inputs,
+        form.in_spec,
+        form.out_spec,
         tuple(example),
-        str(document["name"]),
+        form.name,
         tuple(map(str, document["notes"])),
-        tuple(map(str, document.get("guards", ()))),
+        form.guards,
         tuple(_decode_group_name(data) for data in document.get("group_names", ())),
-        decode_signature(document.get("signature", ())),
+        form.signature,
     )
     return program, table
 
@@ -174,12 +167,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
-
-
-def _encode_input(spec: InputSpec) -> dict[str, Any]:
-    if not spec.is_tensor:
-        return {"name": spec.name, "constant": encode(spec.constant)}
-    return {"name": spec.name, "dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}
 
 
 def _encode_example(leaf: Any) -> dict[str, Any]:
@@ -297,12 +284,6 @@ class _Reader:
         if name not in self.vals:
             self.vals[name] = empty(describe(self.tensors[name]), self.table)
         return self.vals[name]
-
-
-def _decode_input(data: Mapping[str, Any]) -> InputSpec:
-    if "dtype" not in data:
-        return InputSpec(data["name"], constant=decode(data["constant"]))
-    return InputSpec(data["name"], decode({"dtype": data["dtype"]}), tuple(data["shape"]))
 
 
 def _identifier(name: str) -> str:

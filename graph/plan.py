@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from .errors import PreconditionError
+from .interface import InputSpec
 from .plan_module import PlanModule
-from .program import InputSpec, Program
+from .program import Program
 from .schedules import Schedule
 from .verify import verify
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,59 +11,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .errors import InputError, PreconditionError
-from .guards import check_guards
+from .errors import PreconditionError
+from .interface import CallForm, InputSpec
 from .names import GroupName
-from .signature import Argument, Signature, arranged
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One leaf of a Program's inputs.
-
-    Attributes:
-        name: Path of the leaf in the caller's arguments, such as ``sample`` or ``added_cond_kwargs.time_ids``.
-        dtype: Of a tensor leaf; None for a constant leaf.
-        shape: One entry a dimension: the size, or the name of a dynamic dimension.
-        constant: The value a non-tensor leaf was captured with. Another value needs another capture.
-    """
-
-    name: str
-    dtype: torch.dtype | None = None
-    shape: tuple[int | str, ...] = ()
-    constant: Any = None
-
-    @property
-    def is_tensor(self) -> bool:
-        """Whether the leaf is a tensor (else a constant of the capture)."""
-        return self.dtype is not None
-
-    def check(self, value: object) -> None:
-        """Raise `InputError` unless ``value`` fits this leaf."""
-        if not self.is_tensor:
-            if not _same_constant(value, self.constant):
-                raise InputError(
-                    f"input '{self.name}' was captured as the constant {self.constant!r}, got {value!r}; "
-                    "capture the model again with this value"
-                )
-            return
-        if not isinstance(value, Tensor):
-            raise InputError(f"input '{self.name}' must be a tensor, got {type(value).__name__}")
-        if value.dtype is not self.dtype:
-            raise InputError(f"input '{self.name}' must have dtype {self.dtype}, got {value.dtype}")
-        fits = len(self.shape) == value.dim() and all(
-            isinstance(want, str) or want == got for want, got in zip(self.shape, value.shape, strict=True)
-        )
-        if not fits:
-            want = "[" + ", ".join(map(str, self.shape)) + "]"
-            raise InputError(
-                f"input '{self.name}' must have shape {want}, got {list(value.shape)}; "
-                "name a dimension in capture(dynamic=...) to let it vary"
-            )
+from .signature import Signature
 
 
 @dataclass
-class Program:
+class Program(CallForm):
     """A captured computation.
 
     The graph takes the flattened inputs and returns the flattened outputs; `__call__` has the signature
@@ -112,28 +66,12 @@ class Program:
         except RuntimeError as err:
             self._check_device(leaves, err)
             raise
-        return pytree.tree_unflatten(list(flat), self.out_spec)
+        return self.unflatten(flat)
 
     @property
     def nodes(self) -> Iterator[Node]:
         """The graph's nodes in topological order."""
         return iter(self.graph_module.graph.nodes)
-
-    def flatten(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Check the inputs against `inputs` and return them as the graph's placeholders expect them."""
-        args, named = self._arranged(args, kwargs)
-        self._check_count(args)
-        kwargs = self._ordered(named)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self.in_spec:
-            raise InputError(self._other_structure(args, kwargs))
-        for leaf, expected in zip(leaves, self.inputs, strict=True):
-            expected.check(leaf)
-        check_labels((s.name, s.shape, v.shape) for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor)
-        if self.guards:
-            sizes = {s.name: v.shape for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor}
-            check_guards(self.name, self.guards, sizes)
-        return leaves
 
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the ``(args, kwargs)`` of the capture."""
@@ -189,66 +127,6 @@ class Program:
                 "model with its weights, or give inputs on the meta device to get shapes"
             ) from err
 
-    def _arguments(self) -> list[tuple[str, pytree.TreeSpec]]:
-        """Return name and structure of every positional argument, then of every keyword argument."""
-        found, at = [], 0
-        for spec in (child for group in self.in_spec.children() for child in group.children()):
-            name = re.split(r"[.\[]", self.inputs[at].name)[0] if spec.num_leaves else "?"
-            found.append((name, spec))
-            at += spec.num_leaves
-        return found
-
-    def _arranged(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        if not self.signature:
-            return args, kwargs
-        positional, named = self.in_spec.children()
-        keywords = list(named.context or ())
-        known = {argument.name for argument in self.signature}
-        # Inputs that a rewrite added.
-        added = tuple(Argument(name, "keyword") for name in keywords if name not in known)
-        return arranged(self.name, (*self.signature, *added), len(positional.children()), keywords, args, kwargs)
-
-    def _check_count(self, args: tuple[Any, ...]) -> None:
-        count = len(self.in_spec.children()[0].children())
-        if len(args) == count:
-            return
-        names = [name for name, _ in self._arguments()]
-        by_name = f", and by name ({', '.join(names[count:])})" if names[count:] else ""
-        raise InputError(
-            f"{self.name} was captured with {count} positional inputs ({', '.join(names[:count])}){by_name}, "
-            f"got {len(args)} positional ones; pass the inputs the way they were captured"
-        )
-
-    def _other_structure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        for (name, want), value in zip(self._arguments(), (*args, *kwargs.values()), strict=True):
-            got = pytree.tree_structure(value)
-            if got != want:
-                return (
-                    f"input '{name}' of {self.name} was captured as {_structure(want)}, got {_structure(got)}; pass it "
-                    "like that, or capture the model again with this structure"
-                )
-        raise AssertionError("two structures differ in some argument")
-
-    def _ordered(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        # A dict's tree spec remembers the order of its keys; callers may write keywords in any order.
-        _args_spec, kwargs_spec = self.in_spec.children()
-        known = list(kwargs_spec.context or [])
-        unknown = [key for key in kwargs if key not in known]
-        missing = [key for key in known if key not in kwargs]
-        if unknown or missing:
-            wrong = [f"{what}: {names}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
-            raise InputError(f"{self.name} was captured with the keyword inputs {known}; {'; '.join(wrong)}")
-        return {key: kwargs[key] for key in known}
-
-
-def _same_constant(value: object, captured: object) -> bool:
-    """Whether a constant input has the type and value of the capture; not-a-number is the same as itself."""
-    if value is captured:
-        return True
-    if type(value) is not type(captured):
-        return False
-    return value == captured or (isinstance(value, (float, complex)) and value != value and captured != captured)
-
 
 class ProgramModule(nn.Module):
     """A Program as a module. It shares the program's tensors and has their original names."""
@@ -267,33 +145,6 @@ class ProgramModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"captured from {self.__dict__['program'].name}"
-
-
-def _structure(spec: pytree.TreeSpec) -> str:
-    """Return a tree of inputs in words: ``one value``, ``list(one value, dict a, b (one value, one value))``."""
-    if spec.is_leaf():
-        return "one value"
-    keys = f" {', '.join(map(str, spec.context))} " if spec.type is dict else ""
-    kind = getattr(spec.type, "__name__", str(spec.type))
-    return f"{kind}{keys}({', '.join(map(_structure, spec.children()))})"
-
-
-def check_labels(inputs: Iterable[tuple[str, Sequence[int | str], Sequence[int]]]) -> None:
-    """Raise `InputError` unless dimensions of one label have one size.
-
-    Args:
-        inputs: Of every tensor its name, its captured shape (with labels for dynamic dimensions), and its shape now.
-    """
-    sizes: dict[str, tuple[int, str]] = {}
-    for name, captured, shape in inputs:
-        for label, size in zip(captured, shape, strict=True):
-            if not isinstance(label, str):
-                continue
-            known, first = sizes.setdefault(label, (size, name))
-            if known != size:
-                raise InputError(
-                    f"dimension '{label}' is {known} in input '{first}' and {size} in input '{name}'; it must be the same"
-                )
 
 
 def tensor_identity(tensor: Tensor) -> Hashable:

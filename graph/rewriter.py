@@ -17,7 +17,8 @@ from torch.fx import Node, map_arg
 
 from .cost import example_shape
 from .errors import PreconditionError
-from .program import InputSpec, Program
+from .interface import InputSpec
+from .program import Program
 from .verify import fake_mode, fake_tensor
 
 # What a node takes over from the node it stands for: the modules and the source lines it comes from.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from graphwright.frontends.capture import capture
 from graphwright.graph.depgraph import depgraph
 from graphwright.graph.errors import InputError, PreconditionError
+from graphwright.graph.interface import InputSpec
 from graphwright.graph.oracle import masked_outputs
-from graphwright.graph.program import InputSpec, Program
+from graphwright.graph.program import Program
 from graphwright.graph.resize import resize
 
 WIDTH = 8
