@@ -18,9 +18,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..graph.document import decode_program, encode_program
+from ..graph.document_files import FORMAT_VERSION, read, read_tensors, write
 from ..graph.errors import ArtifactError
 from ..graph.program import Program
-from ..graph.serialize import DAMAGE, FORMAT_VERSION, read, read_tensors, write
+from ..graph.serialize import DAMAGE
 from ..graph.tensor_records import restore
 from .capture import DynamicDims, capture
 from .code_key import CodeKey, Unstable

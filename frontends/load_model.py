@@ -13,9 +13,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..graph.document_files import PROGRAM_FORM
 from ..graph.errors import GraphwrightError, LoadError
 from ..graph.program import Program
-from ..graph.serialize import GRAPH_FILE, load_program
+from ..graph.serialize import load_program
 from .artifact_record import RECORD_FILE
 from .factory import find_factory, is_factory_name, working_directory_importable
 from .inputs import Inputs, example_inputs, inputs_from_spec
@@ -131,7 +132,7 @@ def _directory(path: Path, part: str | None, options: Options) -> tuple[nn.Modul
         from .artifact import load
 
         return load(path), None, ()
-    if part is None and (path / GRAPH_FILE).is_file():
+    if part is None and (path / PROGRAM_FORM.file).is_file():
         program = load_program(path)
         return program.module(), _inputs_of(program), program.notes
     return _without_inputs(load_directory(path, part, options))

@@ -1,4 +1,4 @@
-"""Saved programs: a directory of ``program.json``, ``model.safetensors`` and ``example.safetensors``.
+"""Saved programs and plans: a directory of a JSON document, ``model.safetensors`` and ``example.safetensors``.
 
 Loading runs no code from the files: the graph is rebuilt from names of registered operators, weights are
 safetensors, and what would need an import from a package that is not trusted is refused with a sentence.
@@ -6,32 +6,31 @@ safetensors, and what would need an import from a package that is not trusted is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from .document import decode_program, encode_program
+from .document_files import PLAN_FORM, PROGRAM_FORM, read, read_tensors, write
 from .encoding import decode
-from .errors import ArtifactError, VerificationError
-from .files import staged_files
-from .program import Program
+from .errors import ArtifactError, PreconditionError, VerificationError
+from .plan import Plan, Stage
+from .program import Program, tensor_identity
+from .schedules import REFRESH
+from .schedules import decode as decode_schedule
 from .symbols import SymbolTable
 from .tensor_records import restore, restore_tensors
 from .values import at_example_sizes
 from .verify import verify
 
-FORMAT = "graphwright program"
-FORMAT_VERSION = 1
-GRAPH_FILE, WEIGHTS_FILE, EXAMPLE_FILE = "program.json", "model.safetensors", "example.safetensors"
+WEIGHTS_FILE, EXAMPLE_FILE = "model.safetensors", "example.safetensors"
 # What a damaged document makes of the code that reads it.
 DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
@@ -48,8 +47,7 @@ def save_program(program: Program, directory: str | os.PathLike[str]) -> None:
         OSError: The directory cannot be written. Nothing half-written is left.
     """
     document, data = encode_program(program)
-    example = {str(i): leaf for i, leaf in enumerate(program.example) if isinstance(leaf, Tensor) and not leaf.is_meta}
-    write(directory, document, {WEIGHTS_FILE: data, EXAMPLE_FILE: example})
+    write(directory, document, {WEIGHTS_FILE: data, EXAMPLE_FILE: _example(program)})
 
 
 def load_program(directory: str | os.PathLike[str]) -> Program:
@@ -66,17 +64,116 @@ def load_program(directory: str | os.PathLike[str]) -> Program:
     document, stamp = read(folder)
     weights = read_tensors(folder / WEIGHTS_FILE, stamp)
     stored = read_tensors(folder / EXAMPLE_FILE, stamp)
+    with _reading(folder, folder / PROGRAM_FORM.file, document):
+        return _rebuilt(document, restore_tensors(document["tensors"], weights), stored)
+
+
+def save_plan(plan: Plan, directory: str | os.PathLike[str]) -> None:
+    """Write ``plan`` to ``directory``: ``plan.json``, ``model.safetensors`` and ``example.safetensors``.
+
+    A tensor that several stages read is stored once. Everything else is as in `save_program`.
+
+    Raises:
+        ArtifactError: ``directory`` is a file, or a stage cannot be saved; names it.
+        OSError: The directory cannot be written. Nothing half-written is left.
+    """
+    weights, examples = _Store(), _Store()
+    stages: dict[str, Any] = {}
+    for name, stage in plan.stages.items():
+        try:
+            document, data = encode_program(stage.program)
+        except ArtifactError as err:
+            raise ArtifactError(f"stage '{name}': {err}") from err
+        stages[name] = {
+            "reads": list(stage.reads),
+            "writes": list(stage.writes),
+            "tensors": {own: weights.put(name, own, tensor) for own, tensor in data.items()},
+            "example": {own: examples.put(name, own, leaf) for own, leaf in _example(stage.program).items()},
+            "program": document,
+        }
+    document = {
+        "name": plan.name,
+        "timestep": plan.timestep,
+        "notes": list(plan.notes),
+        "schedule": plan.schedule.encode(),
+        "inputs": len(plan.inputs),
+        "stages": stages,
+    }
+    write(directory, document, {WEIGHTS_FILE: weights.tensors, EXAMPLE_FILE: examples.tensors}, PLAN_FORM)
+
+
+def load_plan(directory: str | os.PathLike[str]) -> Plan:
+    """Load what `save_plan` wrote, and verify every stage as `load_program` does; stages share tensors again.
+
+    Raises:
+        ArtifactError: As for `load_program`, or the stages and the schedule do not fit together.
+    """
+    folder = Path(directory)
+    document, stamp = read(folder, PLAN_FORM)
+    weights = read_tensors(folder / WEIGHTS_FILE, stamp)
+    stored = read_tensors(folder / EXAMPLE_FILE, stamp)
+    shared: dict[str, Tensor] = {}
+    stages: dict[str, Stage] = {}
+    with _reading(folder, folder / PLAN_FORM.file, document):
+        for name, entry in document["stages"].items():
+            program = entry["program"]
+            data = {own: weights[at] for own, at in entry["tensors"].items()}
+            tensors = restore_tensors(program["tensors"], data)
+            for own in tensors:
+                record = program["tensors"][own]
+                place = json.dumps([entry["tensors"].get(record.get("alias", own)), own, record], sort_keys=True)
+                tensors[own] = shared.setdefault(place, tensors[own])
+            rebuilt = _rebuilt(program, tensors, {own: stored[at] for own, at in entry["example"].items()})
+            stages[name] = Stage(rebuilt, tuple(map(str, entry["reads"])), tuple(map(str, entry["writes"])))
+        plan = Plan(
+            stages,
+            decode_schedule(document["schedule"]),
+            stages[REFRESH].program.inputs[: document["inputs"]],
+            str(document["timestep"]),
+            str(document["name"]),
+            tuple(map(str, document["notes"])),
+        )
+        plan.check()
+    return plan
+
+
+def _example(program: Program) -> dict[str, Tensor]:
+    return {str(i): leaf for i, leaf in enumerate(program.example) if isinstance(leaf, Tensor) and not leaf.is_meta}
+
+
+class _Store:
+    """Tensors of several stages, each once, by a name of its own."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[Any, str] = {}
+
+    def put(self, stage: str, name: str, tensor: Tensor) -> str:
+        """Return the name that a stage's tensor is stored by: its own, unless another one has it."""
+        free = name if name not in self.tensors else f"{stage}/{name}"
+        stored = self._names.setdefault(tensor_identity(tensor), free)
+        self.tensors[stored] = tensor
+        return stored
+
+
+def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> Program:
+    example = [
+        restore(f"example input {i}", leaf["tensor"], stored.get(str(i)))
+        if "tensor" in leaf
+        else decode(leaf["constant"])
+        for i, leaf in enumerate(document["example"])
+    ]
+    program, table = decode_program(document, tensors, example)
+    check_recorded(program, table)
+    return program
+
+
+@contextmanager
+def _reading(folder: Path, file: Path, document: Mapping[str, Any]) -> Iterator[None]:
+    """Say of what is wrong inside which directory it is in."""
     try:
-        tensors = restore_tensors(document["tensors"], weights)
-        example = [
-            restore(f"example input {i}", leaf["tensor"], stored.get(str(i)))
-            if "tensor" in leaf
-            else decode(leaf["constant"])
-            for i, leaf in enumerate(document["example"])
-        ]
-        program, table = decode_program(document, tensors, example)
-        check_recorded(program, table)
-    except ArtifactError as err:
+        yield
+    except (ArtifactError, PreconditionError) as err:
         raise ArtifactError(f"{folder}: {err}") from err
     except VerificationError as err:
         raise ArtifactError(
@@ -84,8 +181,7 @@ def load_program(directory: str | os.PathLike[str]) -> Program:
             f"{torch.__version__}: {err}"
         ) from err
     except DAMAGE as err:
-        raise ArtifactError(f"{folder / GRAPH_FILE} is damaged: {type(err).__name__}: {err}") from err
-    return program
+        raise ArtifactError(f"{file} is damaged: {type(err).__name__}: {err}") from err
 
 
 def check_recorded(program: Program, table: SymbolTable) -> None:
@@ -103,90 +199,3 @@ def check_recorded(program: Program, table: SymbolTable) -> None:
             if "val" in node.meta:
                 node.meta["val"] = at_example_sizes(node.meta["val"], table)
     verify(static)
-
-
-def write(
-    directory: str | os.PathLike[str], document: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Write a document of `encode_program` and files of tensors, the document last, each by renaming.
-
-    Raises:
-        ArtifactError: ``directory`` is a file, or a tensor has a dtype that safetensors lacks.
-    """
-    if Path(directory).exists() and not Path(directory).is_dir():
-        raise ArtifactError(
-            f"{directory} is a file; a saved program is a directory, give the name of one or a new name"
-        )
-    body = json.dumps({"torch": torch.__version__, **document}, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    head = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "sha256": digest})
-    with staged_files(directory, last=GRAPH_FILE) as stage:
-        for name, group in tensors.items():
-            # The digest ties the files together: weights of one save next to the graph of another are refused.
-            _write_tensors(stage / name, group, {"program": digest})
-        (stage / GRAPH_FILE).write_text(f'{head[:-1]}, "program": {body}}}\n', encoding="utf-8")
-
-
-def read(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the document of a saved program, checked against its digest, and the digest.
-
-    Raises:
-        ArtifactError: The file is missing, damaged, foreign or newer.
-    """
-    file = folder / GRAPH_FILE
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{folder} holds no saved program: there is no {GRAPH_FILE} in it") from None
-    except NotADirectoryError:
-        raise ArtifactError(f"{folder} is no directory; a saved program is one") from None
-    except (UnicodeDecodeError, ValueError) as err:
-        raise ArtifactError(f"{file} is damaged, it is no JSON: {err}") from err
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ArtifactError(f'{file} was not written by graphwright: it does not say "format": "{FORMAT}"')
-    version = data.get("format_version")
-    if type(version) is not int or version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{file} has format version {version}, this graphwright reads up to {FORMAT_VERSION}; upgrade graphwright"
-        )
-    document, digest = data.get("program"), data.get("sha256")
-    body = json.dumps(document, separators=(",", ":"))
-    if not isinstance(document, dict) or hashlib.sha256(body.encode()).hexdigest() != digest:
-        raise ArtifactError(f"{file} is damaged: its contents do not match its own digest; save the program again")
-    return document, str(digest)
-
-
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    dense = {name: _dense(tensor) for name, tensor in tensors.items()}
-    try:
-        save_file(dense, file, metadata=metadata)
-    except KeyError:
-        dtypes = {str(tensor.dtype): name for name, tensor in dense.items()}
-        raise ArtifactError(f"safetensors cannot store one of these dtypes (first tensor of each): {dtypes}") from None
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Return the elements in row-major order on the CPU, in memory that holds nothing else."""
-    tensor = tensor.detach().cpu().contiguous()
-    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone else tensor.clone()
-
-
-def read_tensors(file: Path, stamp: str) -> dict[str, Tensor]:
-    """Return the tensors of a file that `write` wrote, which must carry the digest ``stamp`` of its document.
-
-    Raises:
-        ArtifactError: The file is missing, damaged, or of another save.
-    """
-    from safetensors import safe_open
-
-    try:
-        with safe_open(file, "pt") as handle:
-            found = (handle.metadata() or {}).get("program")
-        if found != stamp:
-            raise ArtifactError(f"{file} does not belong to the {GRAPH_FILE} beside it; save the program again")
-        return load_file(file)
-    except FileNotFoundError:
-        raise ArtifactError(f"{file} is missing; save the program again") from None
-    except (SafetensorError, KeyError, OSError) as err:
-        raise ArtifactError(f"{file} is damaged or no safetensors file: {err}") from err

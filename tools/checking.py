@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..frontends.artifact_record import RECORD_FILE
+from ..graph.document_files import PROGRAM_FORM
 from ..graph.errors import ArtifactError, GraphwrightError
 from ..graph.files import sha256
 from ..graph.program import Program
-from ..graph.serialize import GRAPH_FILE, load_program
+from ..graph.serialize import load_program
 from .artifacts import kind_of, load_call, read_facts
 from .compare import differences, second_sizes
 from .run import CAPTURE, ONNX, ONNX_ORIGINAL, TORCHSCRIPT
@@ -30,7 +31,7 @@ def examine(directory: Path) -> list[Finding]:
     """
     if (directory / MARK).is_file():
         return list(_run(directory))
-    if (directory / GRAPH_FILE).is_file():
+    if (directory / PROGRAM_FORM.file).is_file():
         return [_loads("saved program", lambda: load_program(directory))[0]]
     if kind_of(directory) is not None:
         return list(_export(directory))

@@ -13,10 +13,11 @@ from torch import nn
 from ..frontends.cache import Captured, capture_key, capture_or_load
 from ..frontends.capture import capture
 from ..frontends.load_model import load_model
+from ..graph.document_files import PROGRAM_FORM
 from ..graph.errors import ArtifactError
 from ..graph.files import sha256
 from ..graph.program import Program
-from ..graph.serialize import GRAPH_FILE, load_program
+from ..graph.serialize import load_program
 from ..passes.options import plain
 from .facts import inputs_hash, key_or_never, versions, weights_hash
 from .recipe_schema import InputTensor, Recipe
@@ -61,7 +62,7 @@ class Source:
 
     def _code(self) -> str:
         if self.program is not None:
-            return sha256((program_folder(self.spec) or Path(self.spec)) / GRAPH_FILE)
+            return sha256((program_folder(self.spec) or Path(self.spec)) / PROGRAM_FORM.file)
         return capture_key(self.model, self.args, self.kwargs, self.dynamic)
 
     def key(self) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def program_folder(spec: str) -> Path | None:
         if not holders:
             raise ArtifactError(f"the run in {path} has not captured its model yet; run it again")
         return run.program(holders[-1])
-    return path if (path / GRAPH_FILE).is_file() else None
+    return path if (path / PROGRAM_FORM.file).is_file() else None
 
 
 def load_source(recipe: Recipe) -> Source:

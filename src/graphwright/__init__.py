@@ -53,11 +53,13 @@ _WHERE = {
     "group_lasso_gradients": "passes.sparse_training",
     "layer_groups": "graph.layers",
     "load": "frontends.artifact",
+    "load_plan": "graph.serialize",
     "load_program": "graph.serialize",
     "register_rule": "graph.rules",
     "residual_joins": "graph.joins",
     "resize": "graph.resize",
     "save": "frontends.artifact",
+    "save_plan": "graph.serialize",
     "save_program": "graph.serialize",
     "skip_joins": "graph.joins",
     "unregister_rule": "graph.rules",
@@ -98,7 +100,9 @@ if TYPE_CHECKING:
     from .graph.resize import resize as resize
     from .graph.rules import register_rule as register_rule
     from .graph.rules import unregister_rule as unregister_rule
+    from .graph.serialize import load_plan as load_plan
     from .graph.serialize import load_program as load_program
+    from .graph.serialize import save_plan as save_plan
     from .graph.serialize import save_program as save_program
     from .graph.verify import verify as verify
     from .passes.base import Context as Context

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graphwright.frontends.capture import capture
-from graphwright.graph import serialize
+from graphwright.graph import document_files
 from graphwright.graph.encoding import decode, decode_target, encode, encode_target
 from graphwright.graph.errors import ArtifactError
 from graphwright.graph.program import Program, set_tensor
@@ -128,7 +128,7 @@ def test_truncated_tensors_are_refused(folder: Path, name: str) -> None:
 def test_weights_of_another_save_are_refused(folder: Path, tmp_path: Path) -> None:
     save_program(capture(nn.Linear(3, 4), (torch.ones(2, 3),)), tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").replace(folder / "model.safetensors")
-    with pytest.raises(ArtifactError, match="does not belong to the program.json"):
+    with pytest.raises(ArtifactError, match="does not belong to the document beside it"):
         load_program(folder)
 
 
@@ -211,7 +211,7 @@ def test_interrupted_save_leaves_the_old_program(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(serialize, "save_file", fail)
+    monkeypatch.setattr(document_files, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         save_program(program, folder)
     monkeypatch.undo()
