@@ -16,7 +16,7 @@ from ..graph.interface import check_labels
 from .artifacts import bind_inputs, check_tensor, read_manifest
 from .onnx_runtime import CUDA, SHORT_NAMES, TENSORRT, open_session
 
-KIND, FORMAT_VERSION = "onnx", 1
+KIND, PLAN_KIND, FORMAT_VERSION = "onnx", "onnx-plan", 1
 MODEL_FILE, MANIFEST_FILE = "model.onnx", "manifest.json"
 
 # Values of `onnx.TensorProto.DataType`, so that running needs no `onnx`.
@@ -63,7 +63,7 @@ class OnnxRunner:
         provider_options: Mapping[str, Mapping[str, Any]] | None = None,
         threads: int | None = None,
     ) -> None:
-        """Open the export in ``directory``.
+        """Open the export of a program in ``directory``.
 
         Args:
             directory: What ``export_onnx`` wrote.
@@ -78,12 +78,43 @@ class OnnxRunner:
             ArtifactError: The directory holds no complete export, or ONNX Runtime does not load it.
             ProviderError: ONNX Runtime or a requested provider does not work.
         """
-        self.manifest = read_manifest(directory, MANIFEST_FILE, KIND, FORMAT_VERSION)
+        manifest = read_manifest(directory, MANIFEST_FILE, KIND, FORMAT_VERSION)
+        self._open(
+            Path(directory) / MODEL_FILE,
+            manifest,
+            providers,
+            io_binding,
+            allow_fallback=allow_fallback,
+            provider_options=provider_options,
+            threads=threads,
+        )
+
+    @classmethod
+    def of_file(
+        cls, file: Path, facts: Mapping[str, Any], providers: Sequence[str] | None = None, **options: Any
+    ) -> OnnxRunner:
+        """Open one model file whose inputs and outputs ``facts`` describes, as a manifest does; see `__init__`."""
+        runner = cls.__new__(cls)
+        runner._open(file, facts, providers, **options)
+        return runner
+
+    def _open(
+        self,
+        file: Path,
+        facts: Mapping[str, Any],
+        providers: Sequence[str] | None,
+        io_binding: bool = True,
+        *,
+        allow_fallback: bool = False,
+        provider_options: Mapping[str, Mapping[str, Any]] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.manifest = facts
         self.io_binding = io_binding
         self.input_names: tuple[str, ...] = tuple(entry["name"] for entry in self.manifest["inputs"])
         self.output_names: tuple[str, ...] = tuple(entry["name"] for entry in self.manifest["outputs"])
         self.session = open_session(
-            Path(directory) / MODEL_FILE,
+            file,
             providers,
             allow_fallback=allow_fallback,
             provider_options=provider_options,

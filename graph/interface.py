@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from .encoding import decode, encode
 from .errors import InputError
@@ -159,6 +160,22 @@ class CallForm:
             wrong = [f"{what}: {names}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
             raise InputError(f"{self.name} was captured with the keyword inputs {known}; {'; '.join(wrong)}")
         return {key: kwargs[key] for key in known}
+
+
+class Evaluable(CallForm, ABC):
+    """A `CallForm` that computes."""
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the inputs of the captured module's ``forward``; return what it returns.
+
+        Raises:
+            InputError: See `flatten`.
+        """
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """Return an ``nn.Module`` with the original's call signature."""
 
 
 @dataclass

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from .errors import PreconditionError
-from .interface import InputSpec
+from .interface import Evaluable, InputSpec
 from .plan_module import PlanModule
 from .program import Program
 from .schedules import Schedule
 from .verify import verify
 
+P = TypeVar("P", bound=Evaluable)
+
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[P]):
     """One program of a plan.
 
     Attributes:
@@ -32,14 +34,14 @@ class Stage:
         writes: Registers it returns.
     """
 
-    program: Program
+    program: P
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
 
 
 @dataclass
-class Plan:
-    """Named stages and the schedule they run by.
+class Staged(Generic[P]):
+    """Named stages and the schedule they run by, whatever runs the programs: a graph, or a file in some runtime.
 
     Attributes:
         stages: By the names that the schedule uses.
@@ -50,18 +52,12 @@ class Plan:
         notes: What was decided when the plan was made, one sentence each.
     """
 
-    stages: dict[str, Stage]
+    stages: dict[str, Stage[P]]
     schedule: Schedule
     inputs: tuple[InputSpec, ...]
     timestep: str
     name: str
     notes: tuple[str, ...] = field(default=())
-
-    def copy(self) -> Plan:
-        """Return a plan whose programs can be rewritten on their own; tensors are shared, as values."""
-        return replace(
-            self, stages={name: replace(stage, program=stage.program.copy()) for name, stage in self.stages.items()}
-        )
 
     @property
     def registers(self) -> dict[str, InputSpec]:
@@ -73,13 +69,38 @@ class Plan:
             if spec.name in stage.reads
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return every parameter and buffer of every stage, by name; stages share them."""
-        return {name: t for stage in self.stages.values() for name, t in stage.program.tensors().items()}
-
     def module(self, clock: Callable[[], Sequence[Any]] | None = None, ascending: bool = False) -> PlanModule:
         """Return a module with the denoiser's call signature that runs the plan; see `PlanModule`."""
         return PlanModule(self, clock, ascending)
+
+    def stage(self, name: str) -> Stage[P]:
+        """Return a stage by name.
+
+        Raises:
+            PreconditionError: There is none of this name.
+        """
+        if name not in self.stages:
+            raise PreconditionError(f"the schedule names '{name}', which is no stage; stages: {', '.join(self.stages)}")
+        return self.stages[name]
+
+    def split(self, name: str, result: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Take apart what a stage's program returned: the denoiser's result, and the registers it wrote."""
+        return result if self.stages[name].writes else (result, {})
+
+
+@dataclass
+class Plan(Staged[Program]):
+    """Named programs and the schedule they run by."""
+
+    def copy(self) -> Plan:
+        """Return a plan whose programs can be rewritten on their own; tensors are shared, as values."""
+        return replace(
+            self, stages={name: replace(stage, program=stage.program.copy()) for name, stage in self.stages.items()}
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every parameter and buffer of every stage, by name; stages share them."""
+        return {name: t for stage in self.stages.values() for name, t in stage.program.tensors().items()}
 
     def check(self) -> None:
         """Check the plan as a whole, then every program.
@@ -104,17 +125,3 @@ class Plan:
             held |= set(stage.writes)
         for stage in self.stages.values():
             verify(stage.program)
-
-    def stage(self, name: str) -> Stage:
-        """Return a stage by name.
-
-        Raises:
-            PreconditionError: There is none of this name.
-        """
-        if name not in self.stages:
-            raise PreconditionError(f"the schedule names '{name}', which is no stage; stages: {', '.join(self.stages)}")
-        return self.stages[name]
-
-    def split(self, name: str, result: Any) -> tuple[Any, dict[str, Tensor]]:
-        """Take apart what a stage's program returned: the denoiser's result, and the registers it wrote."""
-        return result if self.stages[name].writes else (result, {})

@@ -13,7 +13,7 @@ from .errors import InputError, PreconditionError
 from .schedules import REFRESH
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import Staged
 
 Signature = tuple[tuple[Any, ...], ...]
 
@@ -61,7 +61,9 @@ class PlanModule(nn.Module):
         ascending: Whether times grow in a run. Denoisers of diffusion models go from large times to small ones.
     """
 
-    def __init__(self, plan: Plan, clock: Callable[[], Sequence[Any]] | None = None, ascending: bool = False) -> None:
+    def __init__(
+        self, plan: Staged[Any], clock: Callable[[], Sequence[Any]] | None = None, ascending: bool = False
+    ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict({name: stage.program.module() for name, stage in plan.stages.items()})
         self.__dict__["plan"] = plan
@@ -78,7 +80,7 @@ class PlanModule(nn.Module):
                 `cache_context`.
             PreconditionError: The run has more evaluations than the schedule.
         """
-        plan: Plan = self.__dict__["plan"]
+        plan: Staged[Any] = self.__dict__["plan"]
         leaves = plan.stages[REFRESH].program.flatten(*args, **kwargs)
         run = self._at(plan, leaves)
         name = plan.schedule.program(run.index)
@@ -88,7 +90,7 @@ class PlanModule(nn.Module):
             name, stage = REFRESH, plan.stages[REFRESH]
         # A run is known again only once its evaluation is through.
         self._runs.pop(self._context)
-        result = stage.program(*args, **kwargs, **{register: run.registers[register] for register in stage.reads})
+        result = self.stages[name](*args, **kwargs, **{register: run.registers[register] for register in stage.reads})
         result, written = plan.split(name, result)
         if written:
             run.registers.update(written)
@@ -116,7 +118,7 @@ class PlanModule(nn.Module):
         run = self._runs.get(context)
         return tuple(run.history) if run else ()
 
-    def _at(self, plan: Plan, leaves: list[Any]) -> Run:
+    def _at(self, plan: Staged[Any], leaves: list[Any]) -> Run:
         """Return the run that an evaluation belongs to, a new one or the one there is."""
         time = leaves[next(i for i, spec in enumerate(plan.inputs) if spec.name == plan.timestep)]
         run = self._runs.get(self._context)
@@ -137,7 +139,7 @@ class PlanModule(nn.Module):
         self._runs[self._context] = run
         return run
 
-    def _by_time(self, plan: Plan, run: Run | None, time: float, grid: Any) -> Run:
+    def _by_time(self, plan: Staged[Any], run: Run | None, time: float, grid: Any) -> Run:
         again = run is not None and run.index == 1 and time == run.time
         back = run is not None and (time < run.time if self._ascending else time > run.time)
         if run is None or again or back or run.grid is not grid:
@@ -167,7 +169,7 @@ def _place(time: Tensor, grid: Any) -> int | None:
     return (time.storage_offset() - grid.storage_offset()) // max(grid.stride(0), 1)
 
 
-def _require_length(plan: Plan, left: int) -> None:
+def _require_length(plan: Staged[Any], left: int) -> None:
     """Raise `PreconditionError` if the rest of a run has another length than the schedule is for."""
     if plan.schedule.evaluations not in (None, left):
         raise PreconditionError(

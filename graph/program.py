@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .errors import PreconditionError
-from .interface import CallForm, InputSpec
+from .interface import Evaluable, InputSpec
 from .names import GroupName
 from .signature import Signature
 
 
 @dataclass
-class Program(CallForm):
+class Program(Evaluable):
     """A captured computation.
 
     The graph takes the flattened inputs and returns the flattened outputs; `__call__` has the signature

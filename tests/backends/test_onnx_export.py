@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphwright.backends import onnx_export as onnx_export_module
+from graphwright.backends import onnx_file as onnx_file_module
 from graphwright.backends.onnx_cleanup import SUBSTITUTES, Substitute
 from graphwright.backends.onnx_export import OnnxArtifact, export_onnx
 from graphwright.frontends.capture import capture
@@ -281,7 +281,7 @@ def test_wrong_options_are_refused_before_anything_is_written(tmp_path: Path) ->
 
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_export_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx_file_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match="needs onnx, onnxscript, onnx_ir; pip install"):
         export_onnx(capture(Squeeze(), (torch.randn(2, 3, 4),)), tmp_path)
 

@@ -158,9 +158,8 @@ def test_inputs_of_another_shape_make_a_full_evaluation(program, model, change: 
         torch.testing.assert_close(got, model(second, torch.tensor(70)))
 
 
-def test_after_an_error_inside_the_next_evaluation_is_a_full_one(program, model) -> None:
-    plan = plan_of(program)
-    module = PlanModule(plan)
+def test_after_an_error_inside_the_next_evaluation_is_a_full_one(program, model, monkeypatch) -> None:
+    module = PlanModule(plan_of(program))
 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
@@ -169,7 +168,7 @@ def test_after_an_error_inside_the_next_evaluation_is_a_full_one(program, model)
         module(noise(1), torch.tensor(90))
         with pytest.raises(gw.InputError):
             module(noise(1).double(), torch.tensor(70))
-        plan.stages["reuse"] = dataclasses.replace(plan.stages["reuse"], program=cast(Any, broken))
+        monkeypatch.setattr(module.stages["reuse"], "forward", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             module(noise(1), torch.tensor(70))
         assert module.history() == ()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graphwright.frontends.capture import capture
 from graphwright.graph.errors import ArtifactError
 from graphwright.graph.plan import Plan
+from graphwright.graph.program import set_tensor
 from graphwright.graph.schedules import Listed, Uniform, masked
 from graphwright.graph.serialize import load_plan, load_program, save_plan, save_program
 from graphwright.passes.base import Pipeline
@@ -97,7 +98,7 @@ def test_stages_share_tensors_on_disk_and_in_memory(tmp_path: Path) -> None:
 def test_stages_with_other_tensors_of_one_name_keep_both(tmp_path: Path) -> None:
     plan = of(UShaped(), InsertFeatureCache(), (3, 8, 8)).copy()
     reuse = plan.stages["reuse"].program
-    reuse.graph_module.last.bias = nn.Parameter(torch.full((3,), 7.0))
+    set_tensor(reuse.graph_module, "last.bias", nn.Parameter(torch.full((3,), 7.0)))
     save_plan(plan, tmp_path)
     stages = load_plan(tmp_path).stages
     assert stages["reuse"].program.tensors()["last.bias"].eq(7).all()
