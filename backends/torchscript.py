@@ -19,7 +19,8 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 
 from ..graph.compare import example_like
-from ..graph.errors import ExportError, InputError, where
+from ..graph.errors import ArtifactError, ExportError, InputError, where
+from ..graph.plan import Plan, Staged
 from ..graph.program import Program
 from .artifacts import (
     bind_inputs,
@@ -32,17 +33,18 @@ from .artifacts import (
 )
 from .compare import Check, compare, default_tolerance, run_program
 from .flat import FlatProgram, flat_program
+from .runner_program import RunnerProgram, call_facts, plan_facts, staged
 
-KIND, FORMAT_VERSION = "torchscript", 1
+KIND, PLAN_KIND, FORMAT_VERSION = "torchscript", "torchscript-plan", 1
 MODEL_FILE, MANIFEST_FILE = "model.torchscript.pt", "torchscript.json"
 
 
 @dataclass(frozen=True)
 class TorchScriptArtifact:
-    """A TorchScript file that was reloaded and compared with the program.
+    """TorchScript files that were reloaded and compared with the program, or with the stages of the plan.
 
     Attributes:
-        directory: Holds `path` and the manifest.
+        directory: Holds the files and the manifest.
         manifest: What the manifest file says.
     """
 
@@ -51,29 +53,42 @@ class TorchScriptArtifact:
 
     @property
     def path(self) -> Path:
-        """The file for ``torch.jit.load``, in Python or LibTorch."""
+        """The file of a program for ``torch.jit.load``, in Python or LibTorch.
+
+        Raises:
+            ArtifactError: It is a plan, which has several.
+        """
+        if "stages" in self.manifest:
+            raise ArtifactError(f"{self.directory} holds a plan, one file for each stage: take plan()")
         return self.directory / MODEL_FILE
 
     @property
     def max_difference(self) -> float:
         """The largest difference over all checks, relative to the output's magnitude."""
-        return max(check["max_difference"] for check in self.manifest["checks"])
+        stages = self.manifest.get("stages") or {"": self.manifest}
+        return max(check["max_difference"] for facts in stages.values() for check in facts["checks"])
 
     def runner(self, device: str | torch.device = "cpu") -> TorchScriptRunner:
-        """Load the file."""
+        """Load the file of a program."""
         return TorchScriptRunner(self.directory, device)
+
+    def plan(self, device: str | torch.device = "cpu") -> Staged[RunnerProgram]:
+        """Load the files of a plan; see `load_torchscript_plan`."""
+        return load_torchscript_plan(self.directory, device)
 
 
 def export_torchscript(
-    program: Program, directory: str | os.PathLike[str], *, tolerance: float | None = None, seed: int = 0
+    output: Program | Plan, directory: str | os.PathLike[str], *, tolerance: float | None = None, seed: int = 0
 ) -> TorchScriptArtifact:
-    """Write ``program`` as a traced, frozen TorchScript file with the shapes of its example inputs.
+    """Write a program as a traced, frozen TorchScript file with the shapes of its example inputs.
 
-    The saved file is loaded again and compared with the program, on the example inputs and on other values of the
+    A plan becomes ``STAGE.torchscript.pt`` for every stage, each with its own weights: the format cannot share them.
+
+    Every saved file is loaded again and compared with its program, on the example inputs and on other values of the
     same shapes, before it gets its name.
 
     Args:
-        program: What to export. Inputs that are not tensors are left out, as they are constants.
+        output: What to export. Inputs that are not tensors are left out, as they are constants.
         directory: Gets ``model.torchscript.pt`` and ``torchscript.json``; made if it is missing.
         tolerance: Largest difference to accept, relative to the largest magnitude of each output. The default follows
             from the program's dtypes: 1e-4 in float32.
@@ -83,6 +98,37 @@ def export_torchscript(
         ExportError: The program has no weights, draws random numbers or has parts that it runs only under a condition,
             or the file does not compute what the program computes. Nothing is left behind.
     """
+    stages = {name: stage.program for name, stage in output.stages.items()} if isinstance(output, Plan) else {}
+    head = {"kind": PLAN_KIND if stages else KIND, "format_version": FORMAT_VERSION}
+    with staging(directory, MANIFEST_FILE) as folder:
+        if isinstance(output, Plan):
+            made = {name: _export(stages[name], _stage_file(folder, name), tolerance, seed) for name in stages}
+            facts = plan_facts(output, made)
+        else:
+            facts = _export(output, folder / MODEL_FILE, tolerance, seed)
+        manifest = write_manifest(folder / MANIFEST_FILE, {**head, **facts, "files": file_facts(folder)})
+    return TorchScriptArtifact(Path(directory), manifest)
+
+
+def load_torchscript_plan(
+    directory: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> Staged[RunnerProgram]:
+    """Load a plan that `export_torchscript` wrote: ``.module()`` is called like the denoiser.
+
+    Raises:
+        ArtifactError: The directory holds no complete exported plan of this format version.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder, MANIFEST_FILE, PLAN_KIND, FORMAT_VERSION)
+    return staged(manifest, lambda name, facts: TorchScriptRunner.of_file(_stage_file(folder, name), facts, device))
+
+
+def _stage_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.torchscript.pt"
+
+
+def _export(program: Program, file: Path, tolerance: float | None, seed: int) -> dict[str, Any]:
+    """Write one file and compare it; return what the manifest says of it."""
     flat = flat_program(program)
     _require_operators(program)
     limit = default_tolerance(program) if tolerance is None else tolerance
@@ -93,17 +139,15 @@ def export_torchscript(
             (f"other values, seed {seed}", example_like(program, seed=seed)),
         )
     ]
-    with staging(directory, MANIFEST_FILE) as stage:
-        _trace(flat, flat.select_inputs(program.example), stage / MODEL_FILE)
-        with _no_jit_deprecation():
-            loaded = torch.jit.load(stage / MODEL_FILE)
-        report = []
-        for check in checks:
-            with torch.no_grad():
-                actual = loaded(*check.inputs)
-            report.append(compare(f"the TorchScript of {program.name}", flat.outputs, check, actual, limit))
-        manifest = write_manifest(stage / MANIFEST_FILE, _manifest(program, flat, checks[0], report, limit, stage))
-    return TorchScriptArtifact(Path(directory), manifest)
+    _trace(flat, flat.select_inputs(program.example), file)
+    with _no_jit_deprecation():
+        loaded = torch.jit.load(file)
+    report = []
+    for check in checks:
+        with torch.no_grad():
+            actual = loaded(*check.inputs)
+        report.append(compare(f"the TorchScript of {program.name}", flat.outputs, check, actual, limit))
+    return _describe(program, flat, checks[0], report, limit)
 
 
 class TorchScriptRunner:
@@ -119,12 +163,22 @@ class TorchScriptRunner:
         Raises:
             ArtifactError: The directory holds no complete export of this format version.
         """
-        self.manifest = read_manifest(directory, MANIFEST_FILE, KIND, FORMAT_VERSION)
+        self._open(Path(directory) / MODEL_FILE, read_manifest(directory, MANIFEST_FILE, KIND, FORMAT_VERSION), device)
+
+    @classmethod
+    def of_file(cls, file: Path, facts: Mapping[str, Any], device: str | torch.device = "cpu") -> TorchScriptRunner:
+        """Load one file whose inputs and outputs ``facts`` describes, as a manifest does; see `__init__`."""
+        runner = cls.__new__(cls)
+        runner._open(file, facts, device)
+        return runner
+
+    def _open(self, file: Path, facts: Mapping[str, Any], device: str | torch.device) -> None:
+        self.manifest = facts
         self.device = torch.device(device)
         self.input_names: tuple[str, ...] = tuple(entry["name"] for entry in self.manifest["inputs"])
         self.output_names: tuple[str, ...] = tuple(entry["name"] for entry in self.manifest["outputs"])
         with _no_jit_deprecation():
-            self._module = torch.jit.load(Path(directory) / MODEL_FILE, map_location=self.device)
+            self._module = torch.jit.load(file, map_location=self.device)
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
         """Run on tensors, given in the order of `input_names` or by name; return those of `output_names`.
@@ -172,12 +226,10 @@ def _no_jit_deprecation() -> Iterator[None]:
         yield
 
 
-def _manifest(
-    program: Program, flat: FlatProgram, example: Check, report: list[dict[str, Any]], limit: float, stage: Path
+def _describe(
+    program: Program, flat: FlatProgram, example: Check, report: list[dict[str, Any]], limit: float
 ) -> dict[str, Any]:
     return {
-        "kind": KIND,
-        "format_version": FORMAT_VERSION,
         "name": program.name,
         "inputs": [tensor_entry(s.name, v.dtype, v.shape) for s, v in zip(flat.inputs, example.inputs, strict=True)],
         "outputs": [tensor_entry(n, v.dtype, v.shape) for n, v in zip(flat.outputs, example.expected, strict=True)],
@@ -187,5 +239,5 @@ def _manifest(
         "checks": report,
         "tolerance": limit,
         "notes": list(program.notes),
-        "files": file_facts(stage),
+        **call_facts(program, flat),
     }

@@ -16,6 +16,8 @@ from graphwright.graph.depgraph import depgraph
 from graphwright.graph.errors import ArtifactError, ExportError, InputError
 from graphwright.graph.program import Program
 from graphwright.graph.resize import resize
+from graphwright.passes.base import Pipeline
+from graphwright.passes.insert_layer_cache import InsertLayerCache
 
 
 class Net(nn.Module):
@@ -159,3 +161,35 @@ def test_callers_model_keeps_its_mode_and_weights(tmp_path: Path) -> None:
     export_torchscript(make_program(model), tmp_path)
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)) for _ in range(4))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        for branch in self.branches:
+            sample = sample + branch(sample) * timestep.float().cos()[:, None]
+        return sample
+
+
+def test_plan_is_a_file_for_each_stage_and_runs_like_the_plan(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    program = capture(Residual(), (torch.randn(2, 6), torch.tensor([3, 3])))
+    plan = Pipeline([InsertLayerCache(reuse=((), (0, 2), (), (1, 2, 3)))])(program).plan
+    artifact = export_torchscript(plan, tmp_path)
+    names = {"torchscript.json", *(f"{stage}.torchscript.pt" for stage in ("refresh", "reuse_0", "reuse_1"))}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert artifact.max_difference < 1e-5
+    with pytest.raises(ArtifactError, match="holds a plan"):
+        artifact.path  # noqa: B018
+    got, want = artifact.plan().module(), plan.module()
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        for time in (7, 5, 3, 1):
+            args = (x * time, torch.full((2,), time))
+            expected = want(*args)
+            torch.testing.assert_close(got(*args), expected, rtol=1e-5, atol=1e-5)
+        assert float((program(*args) - expected).abs().max()) > 1e-3
+    assert got.history() == ("refresh", "reuse_0", "refresh", "reuse_1")
