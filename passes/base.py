@@ -226,15 +226,15 @@ class Pipeline:
 
     passes: Sequence[Pass]
 
-    def __call__(self, program: Program, context: Context | None = None) -> PipelineResult:
-        """Apply the passes to a copy of ``program``.
+    def __call__(self, program: Program | Plan, context: Context | None = None) -> PipelineResult:
+        """Apply the passes to a copy of ``program``, or of a plan that earlier passes made.
 
         Raises:
             GraphwrightError: What the failing pass raised, with a note of which pass and which came before.
         """
         context = context or Context()
         records = list[Record]()
-        work: Program | Plan = program.copy()
+        work = program.copy()
         for i, step in enumerate(self.passes):
             context.report(step.name, i, len(self.passes))
             start = time.perf_counter()

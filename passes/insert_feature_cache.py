@@ -15,7 +15,7 @@ from ..graph.errors import PreconditionError
 from ..graph.joins import SkipJoin, skip_joins
 from ..graph.plan import Plan
 from ..graph.program import Program
-from ..graph.schedules import REUSE, Schedule, Uniform
+from ..graph.schedules import REUSE, Listed, Uniform
 from .base import Context, Pass, PassResult
 from .cache_cuts import cut_stages, require_timestep
 
@@ -37,7 +37,7 @@ class InsertFeatureCache(Pass):
 
     interval_steps: int = 3
     branch: int = 0
-    schedule: Schedule | None = None
+    schedule: Uniform | Listed | None = None
     timestep: str = "timestep"
 
     def requires(self, program: Program) -> None:

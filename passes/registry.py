@@ -16,6 +16,8 @@ ENTRY_POINTS = "graphwright.passes"
 BUILTIN = {
     "eliminate-dead-code": "graphwright.passes.eliminate_dead_code:EliminateDeadCode",
     "fold-batch-norm": "graphwright.passes.fold_batch_norm:FoldBatchNorm",
+    "insert-feature-cache": "graphwright.passes.insert_feature_cache:InsertFeatureCache",
+    "insert-layer-cache": "graphwright.passes.insert_layer_cache:InsertLayerCache",
     "remove-channels": "graphwright.passes.remove_channels:RemoveChannels",
     "remove-dropout": "graphwright.passes.remove_dropout:RemoveDropout",
 }

@@ -10,13 +10,13 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ..graph.program import Program
+from .outputs import Output
 from .recipe_schema import Check, OnnxExport
 
 Call = Callable[..., Any]
 
 
-def export_onnx(program: Program, directory: Path, options: OnnxExport, check: Check) -> dict[str, Any]:
+def export_onnx(output: Output, directory: Path, options: OnnxExport, check: Check) -> dict[str, Any]:
     """Export to ONNX, compared in ONNX Runtime before this returns; return the manifest.
 
     Raises:
@@ -25,7 +25,7 @@ def export_onnx(program: Program, directory: Path, options: OnnxExport, check: C
     from ..backends.onnx_export import export_onnx as export
 
     artifact = export(
-        program,
+        output,
         directory,
         opset=options.opset,
         fp16=options.fp16,
@@ -37,7 +37,7 @@ def export_onnx(program: Program, directory: Path, options: OnnxExport, check: C
     return dict(artifact.manifest)
 
 
-def export_torchscript(program: Program, directory: Path, check: Check) -> dict[str, Any]:
+def export_torchscript(output: Output, directory: Path, check: Check) -> dict[str, Any]:
     """Export to TorchScript, compared before this returns; return the manifest.
 
     Raises:
@@ -45,7 +45,7 @@ def export_torchscript(program: Program, directory: Path, check: Check) -> dict[
     """
     from ..backends.torchscript import export_torchscript as export
 
-    return dict(export(program, directory, tolerance=check.tolerance).manifest)
+    return dict(export(output, directory, tolerance=check.tolerance).manifest)
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
             manifest = json.loads((directory / backend.MANIFEST_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(manifest, dict) and manifest.get("kind") == backend.KIND:
+        if isinstance(manifest, dict) and manifest.get("kind") in (backend.KIND, backend.PLAN_KIND):
             return manifest
     return {}
 
@@ -67,16 +67,36 @@ def kind_of(directory: Path) -> str | None:
     return read_facts(directory).get("kind")
 
 
-def load_call(directory: Path, threads: int | None = None, providers: tuple[str, ...] | None = None) -> Call:
-    """Load the export in ``directory``; what is returned takes the program's arguments and gives its output tensors.
+def load_call(
+    directory: Path,
+    threads: int | None = None,
+    providers: tuple[str, ...] | None = None,
+    stage: str | None = None,
+) -> Call:
+    """Load the export in ``directory``; what is returned takes the program's arguments.
+
+    It gives the program's output tensors; an exported plan gives the denoiser's result.
+
+    Args:
+        directory: Of the export.
+        threads: For the operators of ONNX Runtime's CPU provider.
+        providers: Execution providers of ONNX Runtime.
+        stage: Of a plan: this stage by itself.
 
     Raises:
         GraphwrightError: The directory holds no complete export.
     """
-    from ..backends import onnx_runner, torchscript
+    from ..backends import onnx_export, onnx_runner, torchscript
 
+    kind = kind_of(directory)
+    if kind in (torchscript.PLAN_KIND, onnx_runner.PLAN_KIND):
+        if kind == torchscript.PLAN_KIND:
+            plan = torchscript.load_torchscript_plan(directory)
+        else:
+            plan = onnx_export.load_onnx_plan(directory, providers, threads=threads)
+        return plan.module() if stage is None else plan.stage(stage).program
     runner: Any
-    if kind_of(directory) == torchscript.KIND:
+    if kind == torchscript.KIND:
         runner = torchscript.TorchScriptRunner(directory)
     else:
         runner = onnx_runner.OnnxRunner(directory, providers, threads=threads)
@@ -86,6 +106,13 @@ def load_call(directory: Path, threads: int | None = None, providers: tuple[str,
         return runner(*(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
 
     return call
+
+
+def stages_of(manifest: Mapping[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
+    """Return what a manifest says of each compared file, by a name for it: of a plan ``NAME/STAGE``."""
+    if "stages" not in manifest:
+        return {name: manifest}
+    return {f"{name}/{stage}": facts for stage, facts in manifest["stages"].items()}
 
 
 def size_of(manifest: Mapping[str, Any]) -> int:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..frontends.artifact_record import RECORD_FILE
-from ..graph.document_files import PROGRAM_FORM
+from ..graph.document_files import PLAN_FORM, PROGRAM_FORM
 from ..graph.errors import ArtifactError, GraphwrightError
 from ..graph.files import sha256
+from ..graph.plan import Plan
 from ..graph.program import Program
-from ..graph.serialize import load_program
-from .artifacts import kind_of, load_call, read_facts
+from .artifacts import kind_of, load_call, read_facts, stages_of
 from .compare import differences, second_sizes
+from .outputs import Output, load_output, programs_of
 from .run import CAPTURE, ONNX, ONNX_ORIGINAL, TORCHSCRIPT
 from .run_dir import MARK, PROGRAM, Finished, RunDirectory
 
@@ -31,8 +32,9 @@ def examine(directory: Path) -> list[Finding]:
     """
     if (directory / MARK).is_file():
         return list(_run(directory))
-    if (directory / PROGRAM_FORM.file).is_file():
-        return [_loads("saved program", lambda: load_program(directory))[0]]
+    for form in (PROGRAM_FORM, PLAN_FORM):
+        if (directory / form.file).is_file():
+            return [_loads(f"saved {form.noun}", lambda: load_output(directory))[0]]
     if kind_of(directory) is not None:
         return list(_export(directory))
     if (directory / RECORD_FILE).is_file():
@@ -52,17 +54,19 @@ def _run(directory: Path) -> Iterator[Finding]:
     for stage in stages:
         if stage.files:
             yield _hashes(directory, stage)
-    programs: dict[str, Program] = {}
+    outputs: dict[str, Output] = {}
     holders = run.holders()
     for holder in holders:
-        finding, program = _loads(f"{holder}/{PROGRAM}", lambda h=holder: load_program(run.program(h)))
+        finding, output = _loads(f"{holder}/{PROGRAM}", lambda h=holder: load_output(run.program(h)))
         yield finding
-        if program is not None:
-            programs[holder] = program
+        if output is not None:
+            outputs[holder] = output
     for name in (ONNX_ORIGINAL, ONNX, TORCHSCRIPT):
         holder = CAPTURE if name == ONNX_ORIGINAL else (holders[-1] if holders else "")
-        if any(stage.name == name for stage in stages) and holder in programs:
-            yield from _compared(directory / name, name, programs[holder])
+        if any(stage.name == name for stage in stages) and holder in outputs:
+            for stage, program in programs_of(outputs[holder]).items():
+                part = stage if isinstance(outputs[holder], Plan) else None
+                yield from _compared(directory / name, name, program, part)
 
 
 def _hashes(directory: Path, stage: Finished) -> Finding:
@@ -87,15 +91,16 @@ def _export(directory: Path) -> Iterator[Finding]:
     yield finding
 
 
-def _compared(directory: Path, name: str, program: Program) -> Iterator[Finding]:
-    finding, call = _loads(f"{name}: loads", lambda: load_call(directory))
+def _compared(directory: Path, export: str, program: Program, stage: str | None) -> Iterator[Finding]:
+    name = export if stage is None else f"{export}/{stage}"
+    finding, call = _loads(f"{name}: loads", lambda: load_call(directory, stage=stage))
     if call is None:
         yield finding
         return
-    manifest = read_facts(directory)
+    manifest = stages_of(read_facts(directory), export)[name]
     limit = float(manifest["tolerance"])
     shapes: dict[str, Any] = {"example sizes": None}
-    if kind_of(directory) == "onnx":
+    if str(kind_of(directory)).startswith("onnx"):
         other = second_sizes(program, True)
         if other is not None:
             shapes[", ".join(f"{k}={v}" for k, v in other.items())] = other

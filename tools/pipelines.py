@@ -19,7 +19,7 @@ from ..frontends.capture import capture
 from ..graph.cost import cost
 from ..graph.errors import PreconditionError
 from ..graph.plan import Plan
-from ..graph.schedules import REFRESH, Schedule
+from ..graph.schedules import REFRESH, Listed, Uniform
 from ..passes.base import Pass, Pipeline
 from ..passes.insert_feature_cache import InsertFeatureCache
 
@@ -139,7 +139,7 @@ def apply_deepcache(
     interval: int = 3,
     branch: int = 0,
     *,
-    schedule: Schedule | None = None,
+    schedule: Uniform | Listed | None = None,
     cache_interval: int | None = None,
     cache_branch_id: int | None = None,
 ) -> CacheHandle:

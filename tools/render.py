@@ -97,9 +97,20 @@ def print_summary(data: Mapping[str, Any]) -> None:
             label = f"{data['samples']['score']} of samples"
             rows.append([label, f"{first:.2f}", f"{last:.2f}", change(first, last)])
     print_table("", ["", "before", "after", "change"], rows, right=(1, 2, 3))
+    _print_plan(data.get("plan"))
     for name, manifest in data.get("exports", {}).items():
         worst = max(check["max_difference"] for check in manifest["checks"])
         print_lines(f"{name}: differs from the program by {worst:.2g} at most ({manifest['tolerance']:.2g} allowed)")
+
+
+def _print_plan(plan: Mapping[str, Any] | None) -> None:
+    if plan is None:
+        return
+    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in plan["shares"].items())
+    print_lines(f"plan: {shares} of the evaluations; what is after is the mean of an evaluation")
+    speeds = [f"{plan['predicted_speedup']:.2f} times as fast by multiply-accumulates"]
+    speeds += [f"{value:.2f} measured in {runtime}" for runtime, value in plan.get("measured_speedup", {}).items()]
+    print_lines(f"plan: {', '.join(speeds)}")
 
 
 class Watch:

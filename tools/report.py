@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .artifacts import size_of
+from .artifacts import size_of, stages_of
+from .outputs import measured_speedup
 from .pictures import data_uri
 from .run import CAPTURE, LATENCY, ONNX, ONNX_ORIGINAL, SAMPLES, TORCHSCRIPT, Outcome
-from .run_dir import pass_stage, write_atomic
+from .run_dir import Finished, pass_stage, write_atomic
 
 FORMAT_VERSION = 1
 JSON_FILE, HTML_FILE = "report.json", "report.html"
@@ -52,7 +53,13 @@ def report_data(outcome: Outcome) -> dict[str, Any]:
         "groups": group_widths(first["groups"], [stage.result for stage in passes]),
         "frozen": first["frozen"],
         "passes": [{**stage.result, "seconds": stage.seconds} for stage in passes],
-        "exports": {name: _export(outcome[name].result, name) for name in EXPORTS if name in outcome},
+        "exports": {
+            shown: {"directory": name, "bytes": size_of(outcome[name].result), **facts}
+            for name in EXPORTS
+            if name in outcome
+            for shown, facts in stages_of(outcome[name].result, name).items()
+        },
+        "plan": _plan(passes, outcome),
         "latency": outcome[LATENCY].result if LATENCY in outcome else None,
         "samples": outcome[SAMPLES].result if SAMPLES in outcome else None,
         "stages": [{"name": stage.name, "seconds": stage.seconds} for stage in outcome.stages],
@@ -81,6 +88,10 @@ def group_widths(groups: Sequence[Mapping[str, Any]], passes: Sequence[Mapping[s
     return list(table.values())
 
 
-def _export(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return what a report says of an export: its manifest, less what is in the files beside it."""
-    return {"directory": name, "bytes": size_of(manifest), **manifest}
+def _plan(passes: Sequence[Finished], outcome: Outcome) -> dict[str, Any] | None:
+    """Return the plan that the passes came to, with the speed-up that was measured of it."""
+    plan = passes[-1].result.get("plan") if passes else None
+    if plan is None:
+        return None
+    times = outcome[LATENCY].result["times"] if LATENCY in outcome else {}
+    return {**plan, "measured_speedup": measured_speedup(plan, times)}

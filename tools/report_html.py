@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
+from .html_parts import bar, name, number, table, text
 from .numbers import change, count
-
-Cell = tuple[str, str]
-BAR_WIDTH, BAR_HEIGHT = 160, 14
+from .report_plan import plan_section
 
 
 def render(data: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
@@ -29,6 +28,7 @@ def render(data: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         _head(data),
         _cards(data),
         _samples(data["samples"], pictures),
+        plan_section(data["plan"]),
         _latency(data["latency"]),
         _exports(data["exports"]),
         _groups(data["groups"]),
@@ -43,42 +43,6 @@ def render(data: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         f"<title>{escape(title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
-    )
-
-
-def text(value: Any) -> Cell:
-    """A table cell of words."""
-    return "", escape(str(value))
-
-
-def name(value: Any) -> Cell:
-    """A table cell with a name from the model."""
-    return "name", escape(str(value))
-
-
-def number(value: Any) -> Cell:
-    """A table cell of a number, with separated thousands; empty for None."""
-    return "number", count(value)
-
-
-def table(headers: Sequence[Cell], rows: Iterable[Sequence[Cell]]) -> str:
-    """Return an HTML table of cells ``(class, HTML)``."""
-
-    def line(tag: str, cells: Sequence[Cell]) -> str:
-        return "<tr>" + "".join(f'<{tag} class="{c}">{h}</{tag}>' if c else f"<{tag}>{h}</{tag}>" for c, h in cells)
-
-    body = "\n".join(line("td", row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table>\n{line("th", headers)}</tr>\n{body}\n</table></div>'
-
-
-def bar(before: float, after: float, largest: float) -> str:
-    """Return an inline SVG bar: the full length is what was, the coloured part what is left."""
-    scale = BAR_WIDTH / largest if largest else 0.0
-    label = escape(f"{count(before)} before, {count(after)} after")
-    return (
-        f'<svg width="{BAR_WIDTH}" height="{BAR_HEIGHT}" role="img" aria-label="{label}"><title>{label}</title>'
-        f'<rect class="before" width="{before * scale:.1f}" height="{BAR_HEIGHT}"/>'
-        f'<rect class="after" width="{after * scale:.1f}" height="{BAR_HEIGHT}"/></svg>'
     )
 
 

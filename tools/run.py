@@ -11,22 +11,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.utils._pytree as pytree
 
 from ..graph.depgraph import depgraph
-from ..graph.errors import GraphwrightError, PreconditionError
-from ..graph.program import Program
-from ..graph.serialize import load_program, save_program
+from ..graph.errors import GraphwrightError
 from ..passes.base import Context, Pass, Pipeline
 from ..passes.options import plain
 from ..passes.text import show
 from . import artifacts
 from .calibration import context_of
-from .compare import inputs_at
 from .factories import factory_key
 from .facts import cost_facts, frozen_facts, group_facts, input_facts, machine
 from .latency import measure, torch_threads
+from .outputs import Output, denoiser_of, load_output, output_cost, plan_facts, save_output
 from .recipe_schema import Factory, Measure, Recipe
+from .run_calls import Candidate, bound_calls, models
 from .run_dir import PROGRAM, Finished, RunDirectory, pass_stage, write_atomic
 from .samples import draw_samples
 from .source import Source, load_source
@@ -112,7 +110,7 @@ class Runner:
     def __post_init__(self) -> None:
         self._stages: list[Finished] = []
         self._failures: dict[str, str] = {}
-        self._programs: dict[str, Program] = {}
+        self._outputs: dict[str, Output] = {}
 
     def __call__(self) -> Outcome:
         """Do every stage that is not done yet.
@@ -158,16 +156,16 @@ class Runner:
             self._failures[name] = str(err)
             self.ui.fail(name, err)
 
-    def _program(self, stage: Finished) -> Program:
-        """Return the program that a stage left, from memory or from its directory."""
+    def _output(self, stage: Finished) -> Output:
+        """Return the program or plan that a stage left, from memory or from its directory."""
         holder = stage.result["program"]
-        if holder not in self._programs:
-            self._programs[holder] = load_program(self._directory.program(holder))
-        return self._programs[holder]
+        if holder not in self._outputs:
+            self._outputs[holder] = load_output(self._directory.program(holder))
+        return self._outputs[holder]
 
-    def _keep(self, holder: str, program: Program, folder: Path) -> None:
-        save_program(program, folder / PROGRAM)
-        self._programs[holder] = program
+    def _keep(self, holder: str, output: Output, folder: Path) -> None:
+        save_output(output, folder / PROGRAM)
+        self._outputs[holder] = output
 
     # ------------------------------------------------------------------ stages
 
@@ -200,10 +198,10 @@ class Runner:
         name = pass_stage(index, step.name)
 
         def work(folder: Path) -> Any:
-            result = Pipeline([step])(self._program(before), self._context)
+            result = Pipeline([step])(self._output(before), self._context)
             record = result.records[0]
             if record.result.modified:
-                self._keep(name, result.program, folder)
+                self._keep(name, result.output, folder)
             if record.result.removal is not None:
                 text = json.dumps(record.result.removal.to_json(), separators=(",", ":"))
                 (folder / REMOVAL).write_text(text + "\n", encoding="utf-8")
@@ -215,7 +213,8 @@ class Runner:
                 "stats": dict(record.result.stats),
                 "skipped": [{"site": s.site, "reason": s.reason} for s in record.result.skipped],
                 "widths": [vars(width) for width in getattr(record.result, "widths", ())],
-                "cost": cost_facts(result.program),
+                "cost": output_cost(result.output),
+                "plan": plan_facts(result.output),
             }
 
         inputs = {
@@ -240,78 +239,55 @@ class Runner:
                     ONNX_ORIGINAL,
                     "export the original to ONNX",
                     {"before": first.key, **inputs},
-                    lambda folder: artifacts.export_onnx(self._program(first), folder, onnx, check),
+                    lambda folder: artifacts.export_onnx(self._output(first), folder, onnx, check),
                 )
             self._try(
                 ONNX,
                 "export to ONNX",
                 {"before": last.key, **inputs},
-                lambda folder: artifacts.export_onnx(self._program(last), folder, onnx, check),
+                lambda folder: artifacts.export_onnx(self._output(last), folder, onnx, check),
             )
         if self.recipe.export.torchscript is not None:
             self._try(
                 TORCHSCRIPT,
                 "export to TorchScript",
                 {"before": last.key, "check": plain(check)},
-                lambda folder: artifacts.export_torchscript(self._program(last), folder, check),
+                lambda folder: artifacts.export_torchscript(self._output(last), folder, check),
             )
 
-    def _runners(self, last: Finished, threads: int | None, exports_only: bool) -> dict[str, Callable[..., Any]]:
-        """Return what can be called like the model, by label: the exports, and the programs in PyTorch."""
+    def _candidates(self, last: Finished) -> list[Candidate]:
+        """Return what there is to call: the original, and what came out of it."""
         first = self._stages[0]
         labels = {"original": (first, ONNX_ORIGINAL), "result": (last, ONNX)}
         if first.result["program"] == last.result["program"]:
             labels.pop("original")
-        found: dict[str, Callable[..., Any]] = {}
-        for label, (stage, export) in labels.items():
-            exported = any(s.name == export for s in self._stages)
-            if not exported or not exports_only:
-                found[f"{label}, PyTorch"] = self._program(stage)
-            if exported:
-                providers = self.recipe.export.onnx.providers if self.recipe.export.onnx else None
-                found[f"{label}, ONNX Runtime"] = artifacts.load_call(self.out / export, threads, providers)
-        return found
+        exported = {stage.name for stage in self._stages}
+        providers = self.recipe.export.onnx.providers if self.recipe.export.onnx else None
+        return [
+            Candidate(label, self._output(stage), self.out / export if export in exported else None, providers)
+            for label, (stage, export) in labels.items()
+        ]
 
     def _done(self) -> dict[str, str]:
         return {stage.name: stage.key for stage in self._stages if stage.name != SAMPLES}
 
     def _sampled(self, options: Factory, last: Finished) -> None:
         def work(folder: Path) -> Any:
-            runners = self._runners(last, 1, exports_only=True)
-            return draw_samples(options, self._program(last), runners, folder, self.ui.progress)
+            program = denoiser_of(self._output(last))
+            return draw_samples(options, program, models(self._candidates(last)), folder, self.ui.progress)
 
         inputs = {"after": self._done(), "options": self._factories["samples"]}
         self._try(SAMPLES, "draw samples", inputs, work)
 
     def _measured(self, options: Measure, last: Finished) -> None:
         def work(folder: Path) -> Any:
-            program = self._program(last)
-            sizes = {} if options.batch is None else dict.fromkeys(batch_names(program), options.batch)
-            args, kwargs = pytree.tree_unflatten(inputs_at(program, sizes), program.in_spec)
             with torch_threads(options.threads) as threads, torch.no_grad():
-                runners = self._runners(last, options.threads, exports_only=False)
-                calls = {label: (lambda r=runner: r(*args, **kwargs)) for label, runner in runners.items()}
+                calls = bound_calls(self._candidates(last), options.threads, options.batch)
                 times = measure(calls, options.runs, self.ui.progress)
             return {"times": times, "threads": threads, "batch": options.batch, "machine": machine()}
 
         inputs = {"after": self._done(), "options": plain(options), "machine": machine()}
         self._try(LATENCY, "measure latency", inputs, work)
-
-
-def batch_names(program: Program) -> list[str]:
-    """Return the names of what varies in dimension 0 of the inputs.
-
-    Raises:
-        PreconditionError: Nothing varies there.
-    """
-    first = [spec.shape[0] for spec in program.inputs if spec.is_tensor and spec.shape]
-    names = list(dict.fromkeys(size for size in first if isinstance(size, str)))
-    if not names:
-        raise PreconditionError(
-            f"measure.batch needs an input of {program.name} whose dimension 0 varies, and all are fixed: leave it out, "
-            "or name the dimension under `dynamic`"
-        )
-    return names
 
 
 @contextmanager

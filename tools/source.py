@@ -13,13 +13,14 @@ from torch import nn
 from ..frontends.cache import Captured, capture_key, capture_or_load
 from ..frontends.capture import capture
 from ..frontends.load_model import load_model
-from ..graph.document_files import PROGRAM_FORM
-from ..graph.errors import ArtifactError
+from ..graph.document_files import PLAN_FORM, PROGRAM_FORM
+from ..graph.errors import ArtifactError, PreconditionError
 from ..graph.files import sha256
+from ..graph.plan import Plan
 from ..graph.program import Program
-from ..graph.serialize import load_program
 from ..passes.options import plain
 from .facts import inputs_hash, key_or_never, versions, weights_hash
+from .outputs import load_output
 from .recipe_schema import InputTensor, Recipe
 from .run_dir import MARK, RunDirectory
 
@@ -81,7 +82,7 @@ class Source:
 
 
 def program_folder(spec: str) -> Path | None:
-    """Return the directory of the program that a run has come to, or of a saved program; None for any other model.
+    """Return the directory of what a run has come to, or of a saved program or plan; None for any other model.
 
     Raises:
         ArtifactError: The run has not captured its model yet.
@@ -93,7 +94,7 @@ def program_folder(spec: str) -> Path | None:
         if not holders:
             raise ArtifactError(f"the run in {path} has not captured its model yet; run it again")
         return run.program(holders[-1])
-    return path if (path / PROGRAM_FORM.file).is_file() else None
+    return path if any((path / form.file).is_file() for form in (PROGRAM_FORM, PLAN_FORM)) else None
 
 
 def load_source(recipe: Recipe) -> Source:
@@ -107,7 +108,12 @@ def load_source(recipe: Recipe) -> Source:
     """
     folder = program_folder(recipe.model)
     if folder is not None and recipe.inputs is recipe.dynamic is recipe.dtype is None:
-        program = load_program(folder)
+        program = load_output(folder)
+        if isinstance(program, Plan):
+            raise PreconditionError(
+                f"{recipe.model} holds a plan of {len(program.stages)} programs ({', '.join(program.stages)}), and one program "
+                "is needed here; graphwright export and check take plans, other passes go before the one that makes the plan"
+            )
         return Source(recipe.model, program.module(), *program.example_inputs(), None, program=program)
     inputs = None if recipe.inputs is None else _described(recipe.inputs)
     loaded = load_model(

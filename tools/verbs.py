@@ -19,11 +19,12 @@ from ..passes.options import options
 from . import artifacts, render
 from .calibration import context_of
 from .facts import cost_facts, frozen_facts, group_facts, input_facts
+from .outputs import load_output, output_cost, plan_facts
 from .recipe import from_data, load_recipe
 from .recipe_schema import Check, OnnxExport, Recipe
 from .report import group_widths, write_report
 from .run import Runner, seeded
-from .source import load_source
+from .source import load_source, program_folder
 
 # What a feature needs beyond graphwright itself; ONNX has its own part of `doctor`.
 EXTRAS = {"hf": ("transformers", "diffusers", "peft", "accelerate"), "digits": ("scikit-learn",)}
@@ -75,7 +76,8 @@ def dry_run(recipe: Recipe, as_json: bool, quiet: bool, cache_dir: Path | None) 
     widths = [{"widths": [vars(w) for w in getattr(r.result, "widths", ())]} for r in result.records]
     data = {
         "from_cache": from_cache,
-        "cost": {"before": cost_facts(program), "after": cost_facts(result.program)},
+        "cost": {"before": cost_facts(program), "after": output_cost(result.output)},
+        "plan": plan_facts(result.output),
         "groups": group_widths(found, widths),
         "skipped": [{"site": s.site, "reason": s.reason} for s in result.skipped],
         "passes": [record.text for record in result.records],
@@ -149,16 +151,22 @@ def export(
         raise typer.BadParameter(f"--to must be onnx or torchscript, got {kind!r}")
     if kind == "torchscript" and (opset is not None or fp16):
         raise typer.BadParameter("--opset and --fp16 are for ONNX")
-    program, from_cache = program_of(source, cache_dir)
+    folder = program_folder(source)
+    from_cache = False
+    if folder is not None:
+        output = load_output(folder)
+    else:
+        output, from_cache = program_of(source, cache_dir)
     _note(from_cache, quiet)
     if kind == "onnx":
-        manifest = artifacts.export_onnx(program, out, OnnxExport(opset=opset, fp16=fp16), Check())
+        manifest = artifacts.export_onnx(output, out, OnnxExport(opset=opset, fp16=fp16), Check())
     else:
-        manifest = artifacts.export_torchscript(program, out, Check())
+        manifest = artifacts.export_torchscript(output, out, Check())
     if as_json:
         print_json({**manifest, "from_cache": from_cache})
         return
-    worst = max(check["max_difference"] for check in manifest["checks"])
+    stages = artifacts.stages_of(manifest, str(out)).values()
+    worst = max(check["max_difference"] for facts in stages for check in facts["checks"])
     render.print_lines(f"{out}: {', '.join(manifest['files'])}; differs from the program by {worst:.2g} at most")
 
 

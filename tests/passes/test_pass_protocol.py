@@ -26,10 +26,10 @@ OPTIONS: dict[str, dict[str, Any]] = {}
 # A second application of these does it again, since their options are relative to what they are given.
 NOT_IDEMPOTENT = {"remove-channels"}
 
-# Passes that rewrite other kinds of models than `Sites`; their own tests cover them.
-ELSEWHERE: frozenset[str] = frozenset()
+# Passes that make a plan of a denoiser; `Sites` is none, and the promises below are kept in other words.
+PLANS = frozenset({"insert-feature-cache", "insert-layer-cache"})
 
-NAMES = sorted(set(registry.BUILTIN) - ELSEWHERE)
+NAMES = sorted(set(registry.BUILTIN) - PLANS)
 
 
 class Sites(nn.Module):
@@ -103,7 +103,7 @@ def test_the_table_of_passes_lists_the_registered_ones_with_their_options() -> N
 def test_it_applies_and_the_result_verifies_and_runs(name: str, program: Program) -> None:
     result = options.make(name, OPTIONS.get(name, {}))(program, context())
 
-    assert result.modified, f"give {name} options in OPTIONS with which it finds a site, or list it in ELSEWHERE"
+    assert result.modified, f"give {name} options in OPTIONS with which it finds a site, or list it in PLANS"
     assert any(value for value in result.stats.values())
     verify(program)
     assert program(X).shape == (2, 4)
@@ -146,7 +146,7 @@ def test_the_same_seed_gives_the_same_graph_and_tensors(name: str, captured: tup
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", registry.BUILTIN)
 def test_a_graph_without_a_site_is_not_modified_or_is_refused(name: str) -> None:
     program = capture(Nothing(), (X,))
     before = fingerprint(program)
@@ -160,11 +160,63 @@ def test_a_graph_without_a_site_is_not_modified_or_is_refused(name: str) -> None
     assert fingerprint(program) == before
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", registry.BUILTIN)
 def test_options_survive_text(name: str) -> None:
     step = options.make(name, OPTIONS.get(name, {}))
     assert options.make(name, options.plain(step)) == step
     assert str(step).startswith(name)
+
+
+class Denoiser(nn.Module):
+    """A skip connection that is concatenated, and residual branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.down, self.up = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.branch, self.leave = nn.Linear(6, 6), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        entered = self.enter(x) * timestep.float().cos()[:, None]
+        deep = self.up(self.down(entered).relu())
+        deep = deep + self.branch(deep)
+        return self.leave(torch.cat([deep, entered], 1))
+
+
+@pytest.mark.parametrize("name", sorted(PLANS))
+def test_a_plan_verifies_is_the_same_again_and_leaves_model_and_program_alone(name: str) -> None:
+    model = filled(Denoiser())
+    inputs = (torch.randn(2, 3), torch.tensor([3, 4]))
+    program = capture(model, inputs)
+    state = {n: t.detach().clone() for n, t in model.named_parameters()}
+    want, before = program(*inputs), fingerprint(program)
+    torch_state = torch.get_rng_state()
+    results = [Pipeline([options.make(name, {})])(program, context()) for _ in range(2)]
+
+    assert results[0].records[0].result.modified and results[0].records[0].result.stats["macs_refresh"] > 0
+    first, second = (result.plan for result in results)
+    first.check()
+    assert torch.equal(first.module()(*inputs), want)
+    for stage in first.stages:
+        a, b = first.stages[stage].program, second.stages[stage].program
+        assert text(a) == text(b) and all(torch.equal(t, b.tensors()[n]) for n, t in a.tensors().items())
+    assert all(torch.equal(t, state[n]) for n, t in model.named_parameters())
+    assert fingerprint(program) == before and torch.equal(program(*inputs), want)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+@pytest.mark.parametrize("name", sorted(PLANS))
+@pytest.mark.parametrize("second", sorted(registry.BUILTIN))
+def test_a_pass_after_a_plan_applies_to_every_stage_or_is_refused(name: str, second: str) -> None:
+    program = capture(filled(Denoiser()), (torch.randn(2, 3), torch.tensor([3, 4])))
+    steps = [options.make(name, {}), options.make(second, {})]
+    try:
+        result = Pipeline(steps)(program, context())
+    except PreconditionError as err:
+        assert not steps[1].applies_to_plans
+        assert "the passes before it made a plan of 2 programs" in str(err)
+    else:
+        assert steps[1].applies_to_plans
+        result.plan.check()
 
 
 # ---------------------------------------------------------------------- what the base class does with a wrong pass

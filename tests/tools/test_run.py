@@ -20,7 +20,8 @@ from graphwright.tools.calibration import context_of
 from graphwright.tools.recipe import read_recipe
 from graphwright.tools.recipe_schema import Factory, Recipe
 from graphwright.tools.report import write_report
-from graphwright.tools.run import Outcome, Runner, batch_names, seeded
+from graphwright.tools.run import Outcome, Runner, seeded
+from graphwright.tools.run_calls import batch_names
 from graphwright.tools.run_dir import RunDirectory, RunError, hash_of
 
 Write = Callable[..., str]
@@ -136,7 +137,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
     Runner(read_recipe(f"model: {tiny()}\nmeasure: false", "tiny"), out)()
     with monkeypatch.context() as patch, pytest.raises(RunError, match="the disk is full") as caught:
         if where == "program":
-            patch.setattr(run_module, "save_program", full)
+            patch.setattr(run_module, "save_output", full)
         else:
             # The files of the stage are in place when the disk runs full; without its state they do not count.
             patch.setattr(os, "replace", lambda a, b: full() if str(b).endswith(".json") else os.rename(a, b))
