@@ -21,23 +21,10 @@ from ..frontends.builtin import DigitClassifier, digits_classifier, digits_image
 from ..graph.errors import PreconditionError
 from ..graph.program import Program
 from ..passes.base import Progress
+from .digits_sampler import MAX_BATCH, SCHEDULE, denoiser, sample_digits
 from .frechet import frechet_distance
 from .pictures import image_grid
 from .samples import Draw, Drawn, Sample
-
-# ``denoise(sample [n, 1, 8, 8], timestep [n] int64) -> noise [n, 1, 8, 8]`` (a tensor or a NumPy array).
-Denoise = Callable[[Tensor, Tensor], Any]
-
-# Noise schedule of ``digits-ddpm`` (as in its ``scheduler_config.json``), for diffusers' schedulers.
-SCHEDULE: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "squaredcos_cap_v2",
-    "prediction_type": "epsilon",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-}
-
-MAX_BATCH = 128
 
 
 class NoisyBatch(NamedTuple):
@@ -46,76 +33,6 @@ class NoisyBatch(NamedTuple):
     sample: Tensor
     timestep: Tensor
     noise: Tensor
-
-
-def denoiser(program: Callable[..., Any]) -> Denoise:
-    """Return a `Denoise` of a program called as ``program(sample, timestep, return_dict=False)[0]``."""
-
-    def denoise(sample: Tensor, timestep: Tensor) -> Tensor:
-        return program(sample, timestep, return_dict=False)[0]
-
-    return denoise
-
-
-@torch.no_grad()
-def sample_digits(
-    denoise: Denoise,
-    count: int,
-    steps: int = 50,
-    seed: int = 0,
-    batch: int | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Draw digits by deterministic DDIM sampling (eta 0).
-
-    All starting noise is drawn first, on the CPU: a seed gives the same pictures for every batch size and
-    device, up to rounding.
-
-    Args:
-        denoise: Predicts the noise, see `Denoise`; for a module, ``denoiser(module)``.
-        count: Number of pictures.
-        steps: DDIM steps, 1 to 1000; each calls ``denoise`` once per batch.
-        seed: Of the starting noise.
-        batch: Rows of every call, by default ``min(count, 128)``. The last batch is padded to it, so that
-            programs compiled for one shape need no other.
-        device: Where ``denoise`` gets its inputs.
-
-    Returns:
-        ``[count, 1, 8, 8]``, float32, on the CPU, in [-1, 1].
-
-    Raises:
-        ValueError: Count, steps or batch is out of range, or ``denoise`` returns another shape.
-        ImportError: diffusers is not installed.
-    """
-    rows = min(count, MAX_BATCH) if batch is None else batch
-    if count < 1 or rows < 1 or not 1 <= steps <= 1000:
-        raise ValueError(f"need count {count} >= 1, batch {rows} >= 1 and steps {steps} within 1 to 1000")
-    noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-    done = []
-    for start in range(0, count, rows):
-        sample = noise[start : start + rows]
-        kept = len(sample)
-        sample = torch.cat([sample, sample[:1].expand(rows - kept, -1, -1, -1)]).to(device)
-        sample = _denoised(denoise, sample, steps)
-        done.append(sample[:kept].cpu())
-    return torch.cat(done).clamp(-1.0, 1.0)
-
-
-def _denoised(denoise: Denoise, sample: Tensor, steps: int) -> Tensor:
-    """Take the noise out of ``sample`` in ``steps`` calls."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    scheduler = DDIMScheduler(**SCHEDULE)
-    scheduler.set_timesteps(steps)
-    for t in scheduler.timesteps.tolist():
-        timestep = torch.full((len(sample),), t, dtype=torch.int64, device=sample.device)
-        noise_now = torch.as_tensor(denoise(sample, timestep), dtype=torch.float32, device=sample.device)
-        if noise_now.shape != sample.shape:
-            raise ValueError(f"denoise returned shape {list(noise_now.shape)} for {list(sample.shape)}")
-        # The noise is derived again from the clipped picture, else an early step's overshoot stays in it.
-        step = scheduler.step(noise_now, t, sample, use_clipped_model_output=True, return_dict=False)
-        sample = step[0]
-    return sample
 
 
 @torch.no_grad()
@@ -187,14 +104,23 @@ def taylor_batches(count: int = 8, batch: int = 64, seed: int = 0) -> list[Noisy
         ValueError: Count or batch is not positive.
         ImportError: scikit-learn or diffusers is not installed.
     """
+    train, _ = digits_images()
+    return [noisy_batch(train[chosen], noise) for chosen, noise in choose_batches(len(train), count, batch, seed)]
+
+
+def choose_batches(total: int, count: int, batch: int, seed: int) -> list[tuple[Tensor, int]]:
+    """Return ``count`` batches of indices below ``total``, int64 ``[batch]``, each with a seed for its noise.
+
+    Raises:
+        ValueError: Count or batch is not positive.
+    """
     if count < 1 or batch < 1:
         raise ValueError(f"count {count} and batch {batch} must be positive")
-    train, _ = digits_images()
     generator = torch.Generator().manual_seed(seed)
-    rounds = math.ceil(count * batch / len(train))
-    order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(rounds)])
+    rounds = math.ceil(count * batch / total)
+    order = torch.cat([torch.randperm(total, generator=generator) for _ in range(rounds)])
     seeds = torch.randint(0, 2**31, (count,), generator=generator).tolist()
-    return [noisy_batch(train[order[i * batch : (i + 1) * batch]], seeds[i]) for i in range(count)]
+    return [(order[i * batch : (i + 1) * batch], seeds[i]) for i in range(count)]
 
 
 def calibration(count: int = 8, batch: int = 64, seed: int = 0) -> tuple[Any, ...]:
@@ -227,28 +153,41 @@ def samples(count: int = 256, steps: int = 25, seed: int = 0, shown: int = 32) -
     Raises:
         ValueError: One of them is too small.
     """
-    for name, value, least in (("count", count, 2), ("steps", steps, 1), ("shown", shown, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    require_at_least(count=(count, 2), steps=(steps, 1), shown=(shown, 1))
 
     def draw(program: Program, models: Mapping[str, Callable[..., Any]], folder: Path, progress: Progress) -> Drawn:
         _require_digits(program)
         found = {}
         for label, model in models.items():
-            calls = steps * -(-count // MAX_BATCH)
-            denoise = _counted(denoiser(model), f"draw digits ({label})", calls, progress)
+            denoise = counted(denoiser(model), f"draw digits ({label})", steps * -(-count // MAX_BATCH), progress)
             images = sample_digits(denoise, count=count, steps=steps, seed=seed)
-            file = re.sub(r"\W+", "-", label).lower() + ".png"
-            (folder / file).write_bytes(image_grid(images[:shown], columns=16, scale=5))
-            found[label] = Sample(file, digits_frechet(images))
-        real = digits_frechet(_real_digits(count, seed))
-        note = (
-            f"{count} pictures by each in {steps} steps from the same noise (seed {seed}). The distance is to the real "
-            f"digits, in features of the shipped classifier; as many real digits have {real:.2f}, lower is better."
-        )
-        return Drawn(found, "Frechet distance", note)
+            found[label] = judged(images, label, folder, shown)
+        return Drawn(found, "Frechet distance", frechet_note(count, steps, seed))
 
     return draw
+
+
+def require_at_least(**bounds: tuple[int, int]) -> None:
+    """Raise `ValueError` for the first of the named values that is less than what comes with it."""
+    for name, (value, least) in bounds.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def judged(images: Tensor, label: str, folder: Path, shown: int) -> Sample:
+    """Write the first ``shown`` of the pictures that a model drew into the folder, and score all of them."""
+    file = re.sub(r"\W+", "-", label).lower() + ".png"
+    (folder / file).write_bytes(image_grid(images[:shown], columns=16, scale=5))
+    return Sample(file, digits_frechet(images))
+
+
+def frechet_note(count: int, steps: int, seed: int) -> str:
+    """Return what a reader of Frechet distances of so many pictures should know."""
+    real = digits_frechet(_real_digits(count, seed))
+    return (
+        f"{count} pictures by each in {steps} steps from the same noise (seed {seed}). The distance is to the real "
+        f"digits, in features of the shipped classifier; as many real digits have {real:.2f}, lower is better."
+    )
 
 
 def _require_digits(program: Program) -> None:
@@ -261,17 +200,18 @@ def _require_digits(program: Program) -> None:
         )
 
 
-def _counted(denoise: Denoise, what: str, total: int, progress: Progress) -> Denoise:
+def counted(denoise: Callable[..., Any], what: str, total: int, progress: Progress) -> Callable[..., Any]:
+    """Return ``denoise`` that tells ``progress`` of each of its ``total`` calls."""
     done = 0
 
-    def counted(sample: Tensor, timestep: Tensor) -> Any:
+    def told(*inputs: Tensor) -> Any:
         nonlocal done
-        noise = denoise(sample, timestep)
+        noise = denoise(*inputs)
         done += 1
         progress(what, done, total)
         return noise
 
-    return counted
+    return told
 
 
 def _real_digits(count: int, seed: int) -> Tensor:

@@ -1,10 +1,11 @@
 """The trained models that ship with the package, and the real digits that judge them.
 
-Two models trained on scikit-learn's handwritten digits (1797 scans of 8x8 pixels) live beside this file, each
+Three models trained on scikit-learn's handwritten digits (1797 scans of 8x8 pixels) live beside this file, each
 as a folder of ``config.json``, ``model.safetensors`` and ``training.json`` (how it was made, and its measured
 quality):
 
 * ``digits-ddpm``: a diffusers ``UNet2DModel`` that predicts the noise in a noisy digit;
+* ``digits-dit``: a diffusers ``DiTTransformer2DModel`` that does so for a digit that was asked for;
 * ``digits-classifier``: a `DigitClassifier`, whose 64 features give a Frechet distance for digits.
 
 They let every pass be judged on a trained network without a download: damage done to random weights cannot
@@ -35,6 +36,9 @@ HELD_OUT_FRACTION = 0.2
 SPLIT_SEED = 0
 EXAMPLE_SEED = 0
 EXAMPLE_BATCH = 2
+
+# Of digits; ``digits-dit`` takes this label as that of no class.
+CLASSES = 10
 
 
 class DigitClassifier(nn.Module):
@@ -107,19 +111,22 @@ def load_builtin(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
         ``(module, args, kwargs)`` with the module in eval mode. For ``digits-ddpm``, args are a sample
         ``[2, 1, 8, 8]`` float32 and a timestep ``[2]`` int64 (0 to 999), and kwargs
         ``{"return_dict": False}``, so that it returns a one-tuple with the predicted noise. For
+        ``digits-dit``, args have class labels ``[2]`` int64 too (0 to 9, 10 for no class). For
         ``digits-classifier``, args are images ``[2, 1, 8, 8]`` and kwargs are empty.
 
     Raises:
         ValueError: There is no such model.
-        ImportError: ``digits-ddpm`` was asked for and diffusers is not installed.
+        ImportError: A denoiser was asked for and diffusers is not installed.
     """
     folder = builtin_folder(name)
     generator = torch.Generator().manual_seed(EXAMPLE_SEED)
     sample = torch.randn(EXAMPLE_BATCH, 1, 8, 8, generator=generator)
     if folder.name == "digits-classifier":
         return digits_classifier(), (sample.clamp(-1.0, 1.0),), {}
-    timestep = torch.randint(0, 1000, (EXAMPLE_BATCH,), generator=generator)
-    return _digits_ddpm(folder), (sample, timestep), {"return_dict": False}
+    inputs = [sample, torch.randint(0, 1000, (EXAMPLE_BATCH,), generator=generator)]
+    if folder.name == "digits-dit":
+        inputs.append(torch.randint(0, CLASSES, (EXAMPLE_BATCH,), generator=generator))
+    return _denoiser(folder), tuple(inputs), {"return_dict": False}
 
 
 def digits_classifier() -> DigitClassifier:
@@ -132,7 +139,7 @@ def digits_classifier() -> DigitClassifier:
 
 
 def digits_images() -> tuple[Tensor, Tensor]:
-    """Return real handwritten digits under the fixed split that both models were trained with.
+    """Return real handwritten digits under the fixed split that the models were trained with.
 
     Returns:
         ``(train, held_out)``: float32 tensors ``[1438, 1, 8, 8]`` and ``[359, 1, 8, 8]`` in [-1, 1], where
@@ -178,18 +185,21 @@ def _split(count: int) -> tuple[Tensor, Tensor]:
     return order[held_out:], order[:held_out]
 
 
-def _digits_ddpm(folder: Path) -> nn.Module:
-    """Build the diffusers UNet from its folder, in eval mode."""
+def _denoiser(folder: Path) -> nn.Module:
+    """Build the diffusers model of a folder, in eval mode."""
     try:
         # Here, since importing diffusers takes seconds.
-        from diffusers.models.unets.unet_2d import UNet2DModel
+        if folder.name == "digits-dit":
+            from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel as Denoiser
+        else:
+            from diffusers.models.unets.unet_2d import UNet2DModel as Denoiser
     except ImportError as error:
         raise ImportError(
-            "builtin:digits-ddpm is a diffusers model and diffusers is not installed: run `pip install graphwright[hf]`"
+            f"builtin:{folder.name} is a diffusers model and diffusers is not installed: run `pip install graphwright[hf]`"
         ) from error
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.random.fork_rng(devices=[]):
-        model = UNet2DModel.from_config(config)
+        model = Denoiser.from_config(config)
     assert isinstance(model, nn.Module)  # it is a tuple only where unused arguments are asked for
     return _with_weights(model, folder)
 

@@ -1,9 +1,8 @@
-"""Sampling, the Frechet judge, picture grids, the calibration loss, and the script that trains the models."""
+"""What digits-ddpm draws, the Frechet judge, picture grids and the calibration loss."""
 
 from __future__ import annotations
 
 import base64
-import json
 import re
 import struct
 import zlib
@@ -11,10 +10,11 @@ import zlib
 import pytest
 import torch
 
-from graphwright.frontends.builtin import builtin_folder, digits_images, load_builtin
+from graphwright.frontends.builtin import digits_images, load_builtin
 from graphwright.frontends.capture import capture
 from graphwright.graph.errors import PreconditionError
-from graphwright.tools import digits, train_digits
+from graphwright.tools import digits
+from graphwright.tools.digits_sampler import denoiser, sample_digits
 from graphwright.tools.frechet import frechet_distance
 from graphwright.tools.pictures import data_uri, image_grid
 
@@ -26,7 +26,7 @@ def unet():
 
 @pytest.fixture(scope="module")
 def sampled(unet):
-    return digits.sample_digits(digits.denoiser(unet), 256, steps=10, seed=3)
+    return sample_digits(denoiser(unet), 256, steps=10, seed=3)
 
 
 def test_sampled_digits_are_near_real_ones_and_damage_shows(sampled):
@@ -48,40 +48,6 @@ def test_sampled_digits_are_of_every_class_and_varied(sampled):
     assert len(scores.argmax(1).unique()) == 10
     assert scores.max(1).values.median() > 0.9
     assert sampled.std(0).mean() > 0.3  # one digit again and again would vary less
-
-
-def test_sampling_is_deterministic_and_blind_to_the_batch(unet):
-    denoise = digits.denoiser(unet)
-    whole = digits.sample_digits(denoise, 5, steps=4, seed=7)
-    assert torch.equal(whole, digits.sample_digits(denoise, 5, steps=4, seed=7))
-    torch.testing.assert_close(whole, digits.sample_digits(denoise, 5, steps=4, seed=7, batch=2), atol=1e-4, rtol=0)
-    assert not torch.equal(whole, digits.sample_digits(denoise, 5, steps=4, seed=8))
-    assert whole.shape == (5, 1, 8, 8) and whole.abs().max() <= 1.0
-
-
-def test_every_call_has_the_asked_batch_and_may_answer_with_arrays():
-    seen = []
-
-    def denoise(sample, timestep):
-        seen.append((tuple(sample.shape), tuple(timestep.shape), timestep.dtype))
-        return sample.numpy() * 0.5
-
-    assert digits.sample_digits(denoise, 3, steps=2, batch=2).shape == (3, 1, 8, 8)
-    assert seen == [((2, 1, 8, 8), (2,), torch.int64)] * 4
-
-
-def test_sampling_refuses_what_makes_no_sense():
-    for count, steps, batch in ((0, 1, 1), (1, 0, 1), (1, 1001, 1), (1, 1, 0)):
-        with pytest.raises(ValueError, match="need count"):
-            digits.sample_digits(lambda sample, timestep: sample, count, steps=steps, batch=batch)
-    with pytest.raises(ValueError, match="returned shape"):
-        digits.sample_digits(lambda sample, timestep: sample[:, 0], 1, steps=1)
-
-
-def test_schedule_is_the_shipped_one():
-    path = builtin_folder("digits-ddpm") / "scheduler_config.json"
-    shipped = json.loads(path.read_text(encoding="utf-8"))
-    assert {key: shipped[key] for key in digits.SCHEDULE} == digits.SCHEDULE
 
 
 def test_frechet_of_a_set_with_itself_is_zero_even_if_singular():
@@ -225,25 +191,3 @@ def test_samples_of_another_kind_of_model_or_too_few_are_refused(tmp_path):
         digits.samples()(program, {}, tmp_path, lambda *step: None)
     with pytest.raises(ValueError, match="count must be at least 2, got 1"):
         digits.samples(count=1)
-
-
-def test_training_script_repeats_itself_and_writes_what_loads(tmp_path):
-    with torch.random.fork_rng(devices=[]):
-        first, record = train_digits.train_denoiser(steps=2, batch=4, rate=1e-3, decay=0.5, seed=4)
-        again, _ = train_digits.train_denoiser(steps=2, batch=4, rate=1e-3, decay=0.5, seed=4)
-        judge, accuracy = train_digits.train_classifier(steps=2, batch=4, rate=1e-3, seed=4)
-    assert all(torch.equal(t, again.state_dict()[key]) for key, t in first.state_dict().items())
-    assert record["steps"] == 2 and 0.0 <= accuracy["held_out_accuracy"] <= 1.0
-    train_digits.save_denoiser(first, tmp_path / "denoiser", record)
-    train_digits.save(judge, tmp_path / "judge", judge.config, accuracy)
-    for made, name in (("denoiser", "digits-ddpm"), ("judge", "digits-classifier")):
-        assert {path.name for path in (tmp_path / made).iterdir()} == {
-            path.name for path in builtin_folder(name).iterdir()
-        }
-        shipped, made_here = (folder / "config.json" for folder in (builtin_folder(name), tmp_path / made))
-        assert json.loads(shipped.read_text("utf-8")) == json.loads(made_here.read_text("utf-8"))
-
-
-def test_training_script_refuses_weights_too_big_to_ship(tmp_path):
-    with pytest.raises(ValueError, match="more than"):
-        train_digits.save(torch.nn.Linear(1000, 1000), tmp_path, {}, {})
