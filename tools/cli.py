@@ -23,6 +23,10 @@ BENCHMARKS = {
         "graphwright.tools.bench.scale:main",
         "the analysis up to 50,000 nodes, and a Llama of 70 billion parameters",
     ),
+    "cache": (
+        "graphwright.tools.bench.cache:main",
+        "caches of diffusion models, beside published counts, the package DeepCache and the hooks of diffusers",
+    ),
 }
 EVERYWHERE = ("--quiet", "-q", "--verbose", "-v")
 

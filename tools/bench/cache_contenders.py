@@ -1,0 +1,89 @@
+"""Our caches at several settings, and the plain alternative to any cache: fewer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ...graph.joins import residual_joins, skip_joins
+from ...graph.plan import Plan
+from ...graph.schedules import Schedule, Uniform, centred
+from ...passes.base import Pass, Pipeline
+from ...passes.insert_feature_cache import InsertFeatureCache
+from ...passes.insert_layer_cache import KINDS, InsertLayerCache
+from .cache_bed import Bed, Model
+
+INTERVALS = (2, 3, 5)
+# Shares of the uncached run's steps.
+FEWER = (0.8, 0.66, 0.5, 0.4, 0.34, 0.26, 0.2, 0.16, 0.1)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to draw that costs less.
+
+    Attributes:
+        who: ``graphwright``, ``diffusers``, or ``fewer steps``.
+        method: Of which papers or libraries speak.
+        setting: Of the method.
+        make: Returns the model for one run.
+        steps: Of the sampler; None for those of the uncached run.
+    """
+
+    who: str
+    method: str
+    setting: str
+    make: Callable[[], Model]
+    steps: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name it among all."""
+        return f"{self.method}, {self.setting}"
+
+
+def fewer_steps(bed: Bed) -> list[Contender]:
+    """Return the uncached denoiser with fewer steps."""
+    chosen = sorted({max(2, round(share * bed.steps)) for share in FEWER} - {bed.steps})
+    return [Contender("fewer steps", "DDIM", f"{steps} steps", lambda: bed.module, steps) for steps in chosen]
+
+
+def ours(bed: Bed) -> list[Contender]:
+    """Return every cache of ours that applies to the denoiser."""
+    return [*_feature_caches(bed), *_layer_caches(bed)]
+
+
+def _feature_caches(bed: Bed) -> Iterator[Contender]:
+    """DeepCache: a full evaluation every N, cut at each branch; and denser in the middle of the run."""
+    for branch in range(len(skip_joins(bed.program))):
+        plan = _lazy(bed, InsertFeatureCache(branch=branch, timestep=bed.names[1]))
+        for interval in INTERVALS:
+            yield _contender("DeepCache", f"branch {branch}, N={interval}", plan, Uniform(interval))
+        schedule = centred(bed.steps, 5, bed.steps // 2, 1.4)
+        yield _contender("DeepCache", f"branch {branch}, N=5, dense in the middle", plan, schedule)
+
+
+def _layer_caches(bed: Bed) -> Iterator[Contender]:
+    """FORA: all attention and feed-forward branches, or the attention alone, every N."""
+    if not residual_joins(bed.program):
+        return
+    for kinds, label in ((KINDS, "all branches"), (("attention",), "attention")):
+        plan = _lazy(bed, InsertLayerCache(kinds=kinds, timestep=bed.names[1]))
+        for interval in INTERVALS:
+            yield _contender("InsertLayerCache", f"{label}, N={interval}", plan, Uniform(interval))
+
+
+def _lazy(bed: Bed, step: Pass) -> Callable[[], Plan]:
+    """Return what makes the plan at the first call."""
+    made: list[Plan] = []
+
+    def plan() -> Plan:
+        if not made:
+            made.append(Pipeline([step])(bed.program).plan)
+        return made[0]
+
+    return plan
+
+
+def _contender(method: str, setting: str, plan: Callable[[], Plan], schedule: Schedule) -> Contender:
+    return Contender("graphwright", method, setting, lambda: replace(plan(), schedule=schedule).module())

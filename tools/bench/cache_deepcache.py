@@ -1,0 +1,181 @@
+"""``graphwright bench cache deepcache``: beside the package DeepCache, on the U-Net of Stable Diffusion 1.5 at full width.
+
+Both run the same sampling loop on the same random weights in one process, one evaluation of ours, then one of theirs. The
+difference of the latents must be at most 1e-4. Seconds are CPU seconds of the process.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...frontends.capture import capture
+from ...graph.cost import cost
+from ...graph.plan import Plan
+from ...graph.program import Program
+from ...graph.schedules import REFRESH, REUSE, Uniform
+from ...passes.base import Pipeline
+from ...passes.insert_feature_cache import InsertFeatureCache
+from .cache_helper import kept_bytes, package
+from .cache_models import BETAS, SD_15, conditional
+from .cache_rows import Row, Rows, progress
+
+GUIDANCE = 7.5
+MOST_DIFFERENT = 1e-4
+# A reuse step may take this much more of a full one's time than of its multiply-accumulates.
+SLACK = 1.10
+TOKENS = 77
+
+
+class Lane:
+    """One sampling run, an evaluation at a time, with the CPU seconds of each."""
+
+    def __init__(self, unet: Callable[..., Any], noise: Tensor, text: Tensor, steps: int) -> None:
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+        self.scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+        self.scheduler.set_timesteps(steps)
+        self.unet = unet
+        self.seconds: list[float] = []
+        self._latents, self._text = noise, text
+
+    def run(self) -> Iterator[None]:
+        """Take the steps; guidance evaluates both conditions as one batch of 2."""
+        for t in self.scheduler.timesteps:
+            start = time.process_time()
+            noise = self.unet(torch.cat([self._latents] * 2), t, self._text, return_dict=False)[0]
+            without, with_text = noise.chunk(2)
+            guided = without + GUIDANCE * (with_text - without)
+            self._latents = self.scheduler.step(guided, t, self._latents, return_dict=False)[0]
+            self.seconds.append(time.process_time() - start)
+            yield
+
+    @property
+    def latents(self) -> Tensor:
+        """What the steps so far gave."""
+        return self._latents
+
+
+class SideBySide:
+    """The denoiser, its inputs, and what has been made of it so far.
+
+    Args:
+        config: Of a ``UNet2DConditionModel``.
+        latent: Side of the latents.
+        steps: Of every sampling run.
+    """
+
+    def __init__(self, config: dict[str, Any] = SD_15, latent: int = 32, steps: int = 10) -> None:
+        self.config, self.latent, self.steps = config, latent, steps
+        self.capture_seconds = 0.0
+        self._plans: dict[int, tuple[Plan, float, float]] = {}
+
+    @cached_property
+    def unet(self) -> nn.Module:
+        """The denoiser, with random weights."""
+        torch.manual_seed(0)
+        return conditional(self.config)
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Noise of one picture, and text of both conditions."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, self.config.get("in_channels", 4), self.latent, self.latent, generator=generator)
+        return noise, torch.randn(2, TOKENS, self.config["cross_attention_dim"], generator=generator)
+
+    @cached_property
+    def program(self) -> Program:
+        """The captured denoiser, for any batch."""
+        noise, text = self.inputs
+        start = time.process_time()
+        program = capture(self.unet, (torch.cat([noise] * 2), torch.tensor(1), text), {"return_dict": False})
+        self.capture_seconds = time.process_time() - start
+        return program
+
+    def plan(self, branch: int, interval: int) -> tuple[Plan, float, float]:
+        """Return a plan, the bytes it keeps, and the seconds it took to make."""
+        if branch not in self._plans:
+            program = self.program
+            start = time.process_time()
+            result = Pipeline([InsertFeatureCache(branch=branch)])(program)
+            seconds = time.process_time() - start
+            self._plans = {branch: (result.plan, result.records[0].result.stats["register_bytes"], seconds)}
+        plan, kept, seconds = self._plans[branch]
+        return replace(plan, schedule=Uniform(interval)), kept, seconds
+
+    def lane(self, unet: Callable[..., Any]) -> Lane:
+        """Return a new sampling run."""
+        return Lane(unet, *self.inputs, self.steps)
+
+    @torch.no_grad()
+    def uncached(self) -> list[Row]:
+        """Measure the run without a cache."""
+        lane = self.lane(self.unet)
+        for i, _ in enumerate(lane.run()):
+            progress(f"  evaluation {i + 1} of {self.steps}: {lane.seconds[-1]:.2f} s")
+        return [{"uncached_s": sum(lane.seconds), "full_s": statistics.median(lane.seconds)}]
+
+    @torch.no_grad()
+    def compare(self, branch: int, interval: int) -> list[Row]:
+        """Measure ours and theirs at one branch and interval; the evaluations take turns."""
+        plan, kept, insert_seconds = self.plan(branch, interval)
+        ours = self.lane(lambda *args, **kwargs: module(*args, **kwargs))
+        module = plan.module(clock=lambda: ours.scheduler.timesteps)
+        theirs = self.lane(self.unet)
+        pipe = SimpleNamespace(unet=self.unet, scheduler=theirs.scheduler)
+        with package(pipe, interval, branch) as helper:
+            for i, _ in enumerate(zip(ours.run(), theirs.run(), strict=True)):
+                said = f"ours {ours.seconds[-1]:.2f} s, theirs {theirs.seconds[-1]:.2f} s"
+                progress(f"  evaluation {i + 1} of {self.steps}: {said}")
+            their_bytes = kept_bytes(helper)
+        macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
+        ran = module.history()
+        row: Row = {
+            "branch": branch,
+            "interval": interval,
+            "latent": self.latent,
+            "full_evaluations": ran.count(REFRESH),
+        }
+        row |= _difference(ours.latents, theirs.latents)
+        row |= _ratios(ran, ours.seconds, theirs.seconds, macs[REUSE] / macs[REFRESH])
+        row |= {"kept_mb": kept / 1e6, "their_kept_mb": their_bytes / 1e6}
+        return [row | {"capture_s": self.capture_seconds, "insert_s": insert_seconds}]
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> Row:
+    difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    return {"max_difference": difference, "largest_value": largest, "equal": difference <= MOST_DIFFERENT}
+
+
+def _ratios(ran: Sequence[str], ours: Sequence[float], theirs: Sequence[float], mac_ratio: float) -> Row:
+    """Return seconds a picture and a call, and the reuse calls' share of a full one's time beside that of its MACs."""
+
+    def median(seconds: Sequence[float], name: str) -> float:
+        return statistics.median(s for s, stage in zip(seconds, ran, strict=True) if stage == name)
+
+    full, reuse, their_reuse = median(ours, REFRESH), median(ours, REUSE), median(theirs, REUSE)
+    row: Row = {"ours_s": sum(ours), "theirs_s": sum(theirs), "refresh_s": full, "reuse_s": reuse}
+    row |= {"their_refresh_s": median(theirs, REFRESH), "their_reuse_s": their_reuse}
+    row |= {"time_ratio": reuse / full, "their_time_ratio": their_reuse / row["their_refresh_s"]}
+    bound = len(ran) / sum(1.0 if name == REFRESH else mac_ratio for name in ran)
+    return row | {"mac_ratio": mac_ratio, "in_time": reuse / full <= SLACK * mac_ratio, "bound": bound}
+
+
+def bench(rows: Rows, bed: SideBySide, branches: Sequence[int], intervals: Sequence[int]) -> list[Row]:
+    """Measure every branch at every interval; returns the rows with their speed-up over the uncached run."""
+    key = f"latent {bed.latent}, {bed.steps} steps"
+    uncached = rows.unit("deepcache", f"{key}, uncached", bed.uncached)[0]["uncached_s"]
+    found: list[Row] = []
+    for branch in branches:
+        for interval in intervals:
+            unit = f"{key}, branch {branch}, N={interval}"
+            found += rows.unit("deepcache", unit, lambda b=branch, n=interval: bed.compare(b, n))
+    return [row | {"speedup": uncached / row["ours_s"], "their_speedup": uncached / row["theirs_s"]} for row in found]
