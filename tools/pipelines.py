@@ -3,47 +3,60 @@
 handle = apply_deepcache(pipe, interval=3, branch=0)
 image = pipe("a lighthouse", num_inference_steps=50).images[0]
 print(handle.summary())
+handle.export_onnx("out/")  # the plan of that call
 handle.disable()
+
+apply_plan(pipe, "out/")  # the pipeline runs on ONNX Runtime now
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..frontends.capture import capture
 from ..graph.cost import cost
+from ..graph.document_files import PLAN_FORM
 from ..graph.errors import PreconditionError
-from ..graph.plan import Plan
+from ..graph.plan import Plan, Staged
 from ..graph.schedules import REFRESH, Listed, Uniform
+from ..graph.serialize import load_plan
 from ..passes.base import Pass, Pipeline
 from ..passes.insert_feature_cache import InsertFeatureCache
+from ..passes.insert_layer_cache import KINDS, InsertLayerCache
+
+if TYPE_CHECKING:
+    from ..backends.onnx_export import OnnxArtifact
+
+MakePlan = Callable[[tuple[Any, ...], dict[str, Any]], Staged[Any]]
 
 # Names that pipelines of diffusers give their denoiser.
 DENOISERS = ("unet", "transformer", "prior")
 
 
 class CachedDenoiser(nn.Module):
-    """Stands in for a denoiser: captures it at the first call, inserts the cache, and follows the pipeline's sampler.
+    """Stands in for a denoiser: makes a plan at the first call, and follows the pipeline's sampler.
 
-    Inputs of another structure, of other sizes besides the batch, on another device, or other weights (adapters that
-    were loaded since) are captured anew. What changes neither, such as the scale of an adapter, is not seen: take the
+    For inputs of another structure, of other sizes besides the batch, on another device, or other weights (adapters that
+    were loaded since) a plan is made anew. What changes neither, such as the scale of an adapter, is not seen: take the
     cache out and put it in again. Everything else that a pipeline asks of it is answered by the denoiser.
 
     Args:
         denoiser: The pipeline's; never changed.
-        step: Makes a plan of the captured program.
+        make: Makes the plan from the inputs of a call.
         pipe: Whose sampler is followed.
     """
 
-    def __init__(self, denoiser: nn.Module, step: Pass, pipe: Any) -> None:
+    def __init__(self, denoiser: nn.Module, make: MakePlan, pipe: Any) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.__dict__.update(_step=step, _pipe=pipe, _plans={}, _weights=None, _last=None, _context="")
+        self.__dict__.update(_make=make, _pipe=pipe, _plans={}, _weights=None, _last=None, _context="")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -64,7 +77,7 @@ class CachedDenoiser(nn.Module):
             self.__dict__["_weights"] = weights
         key = _structure(args, kwargs)
         if key not in self._plans:
-            plan = Pipeline([self._step])(capture(self.denoiser, args, kwargs)).plan
+            plan = self._make(args, kwargs)
             self._plans[key] = plan.module(clock=lambda: self._pipe.scheduler.timesteps)
         module = self._plans[key]
         if self._last is not None and self._last is not module:
@@ -90,7 +103,7 @@ class CachedDenoiser(nn.Module):
 
 
 class CacheHandle:
-    """What `apply_deepcache` returns: says what the cache does, and takes it out again.
+    """What `apply_deepcache` and the others return: says what the cache does, and takes it out again.
 
     Also a context manager: leaving it takes the cache out.
     """
@@ -99,8 +112,8 @@ class CacheHandle:
         self.pipe, self.component, self.cached = pipe, component, cached
 
     @property
-    def plan(self) -> Plan:
-        """The plan of the last call.
+    def plan(self) -> Staged[Any]:
+        """The plan of the last call: a `Plan`, unless the pipeline runs on an exported one.
 
         Raises:
             PreconditionError: The pipeline has not been called yet: the denoiser is captured at its first call.
@@ -113,14 +126,32 @@ class CacheHandle:
         """Return what ran in the last run, what it cost, and the speed-up that the multiply-accumulates bound."""
         plan = self.plan
         ran = self.cached._last.history()
-        macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
-        spent, full = sum(macs[name] for name in ran), macs[REFRESH] * len(ran)
         lines = [f"{plan.name}: {len(ran)} evaluations, {ran.count(REFRESH)} of them full"]
-        lines += [f"  {name}: {value / 1e9:.2f} G MACs, {value / macs[REFRESH]:.1%}" for name, value in macs.items()]
-        lines += [f"  {note}" for note in plan.notes]
-        if spent:
-            lines.append(f"  {spent / 1e9:.1f} of {full / 1e9:.1f} G MACs: at most {full / spent:.2f} times as fast")
-        return "\n".join(lines)
+        if isinstance(plan, Plan):
+            macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
+            spent, full = sum(macs[name] for name in ran), macs[REFRESH] * len(ran)
+            lines += [
+                f"  {name}: {value / 1e9:.2f} G MACs, {value / macs[REFRESH]:.1%}" for name, value in macs.items()
+            ]
+            if spent:
+                lines.append(
+                    f"  {spent / 1e9:.1f} of {full / 1e9:.1f} G MACs: at most {full / spent:.2f} times as fast"
+                )
+        return "\n".join([*lines, *(f"  {note}" for note in plan.notes)])
+
+    def export_onnx(self, directory: str | os.PathLike[str], **options: Any) -> OnnxArtifact:
+        """Export the plan of the last call; see `graphwright.export_onnx` for the options.
+
+        Raises:
+            PreconditionError: The pipeline has not been called yet, or runs on an export already.
+            ExportError: The plan cannot be exported.
+        """
+        from ..backends.onnx_export import export_onnx
+
+        plan = self.plan
+        if not isinstance(plan, Plan):
+            raise PreconditionError(f"{plan.name} runs on an exported plan already; its directory is the export")
+        return export_onnx(plan, directory, **options)
 
     def disable(self) -> None:
         """Give the pipeline its denoiser back. Nothing else of it was changed."""
@@ -159,10 +190,81 @@ def apply_deepcache(
     step = InsertFeatureCache(
         cache_interval or interval, branch if cache_branch_id is None else cache_branch_id, schedule
     )
-    return _apply(pipe, step)
+    return _apply_pass(pipe, step)
 
 
-def _apply(pipe: Any, step: Pass) -> CacheHandle:
+def apply_layer_cache(
+    pipe: Any,
+    interval: int = 2,
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    reuse: Sequence[Sequence[int]] = (),
+) -> CacheHandle:
+    """Take attention and feed-forward branches of a pipeline's transformer from the last full evaluation.
+
+    With ``interval`` all branches of the given kinds are taken, as in FORA (arXiv 2407.01425); with ``reuse`` those that
+    it lists for each evaluation, as a router learns them (Learning-to-Cache, arXiv 2406.01733).
+
+    Args:
+        pipe: A diffusers pipeline, or any object with a denoiser and a ``scheduler`` with ``timesteps``.
+        interval: A full evaluation every so many; 1 changes nothing.
+        kinds: ``attention``, ``mlp`` or both.
+        reuse: For each evaluation of a run the numbers of the branches to take, such as ``router.reuse(0.1)``. The
+            sampler must make as many evaluations.
+
+    Raises:
+        PreconditionError: The object has no denoiser or no scheduler, or a cache is in place already.
+    """
+    listed = tuple(tuple(numbers) for numbers in reuse)
+    return _apply_pass(pipe, InsertLayerCache(listed, interval, tuple(kinds)))
+
+
+def apply_plan(
+    pipe: Any, plan: Staged[Any] | str | os.PathLike[str], *, providers: Sequence[str] | None = None
+) -> CacheHandle:
+    """Let a pipeline's denoiser be a plan.
+
+    Args:
+        pipe: A diffusers pipeline, or any object with a denoiser and a ``scheduler`` with ``timesteps``.
+        plan: A plan, or the directory of one that was saved or exported to ONNX. It must have been captured with inputs
+            as the pipeline gives them; `CacheHandle.export_onnx` exports one that was.
+        providers: Execution providers of ONNX Runtime; None takes the best that work.
+
+    Raises:
+        PreconditionError: The object has no denoiser or no scheduler, or a cache is in place already.
+        ArtifactError: The directory holds no plan.
+    """
+    staged = plan if isinstance(plan, Staged) else _load_plan(Path(plan), providers)
+    return _apply(pipe, lambda args, kwargs: staged)
+
+
+def _load_plan(folder: Path, providers: Sequence[str] | None) -> Staged[Any]:
+    if (folder / PLAN_FORM.file).is_file():
+        return load_plan(folder)
+    from ..backends.onnx_export import load_onnx_plan
+
+    return load_onnx_plan(folder, providers)
+
+
+def _apply_pass(pipe: Any, step: Pass) -> CacheHandle:
+    denoiser = _denoiser(pipe)[1]
+    return _apply(pipe, lambda args, kwargs: Pipeline([step])(capture(denoiser, args, kwargs)).plan)
+
+
+def _apply(pipe: Any, make: MakePlan) -> CacheHandle:
+    component, denoiser = _denoiser(pipe)
+    cached = CachedDenoiser(denoiser, make, pipe)
+    # Not by setattr: a pipeline of diffusers would note another class in its configuration.
+    vars(pipe)[component] = cached
+    return CacheHandle(pipe, component, cached)
+
+
+def _denoiser(pipe: Any) -> tuple[str, nn.Module]:
+    """Return name and module of a pipeline's denoiser.
+
+    Raises:
+        PreconditionError: It has none, no scheduler, or a cache in its place.
+    """
     component = next((name for name in DENOISERS if isinstance(vars(pipe).get(name), nn.Module)), None)
     if component is None or not hasattr(pipe, "scheduler"):
         missing = "no denoiser" if component is None else "no scheduler"
@@ -172,10 +274,7 @@ def _apply(pipe: Any, step: Pass) -> CacheHandle:
     denoiser = vars(pipe)[component]
     if isinstance(denoiser, CachedDenoiser):
         raise PreconditionError(f"{type(pipe).__name__} has a cache already; disable() its handle first")
-    cached = CachedDenoiser(denoiser, step, pipe)
-    # Not by setattr: a pipeline of diffusers would note another class in its configuration.
-    vars(pipe)[component] = cached
-    return CacheHandle(pipe, component, cached)
+    return component, denoiser
 
 
 def _structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:

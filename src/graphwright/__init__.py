@@ -45,6 +45,8 @@ _WHERE = {
     "VerificationError": "graph.errors",
     "WriteBackError": "graph.errors",
     "apply_deepcache": "tools.pipelines",
+    "apply_layer_cache": "tools.pipelines",
+    "apply_plan": "tools.pipelines",
     "capture": "frontends.capture",
     "cost": "graph.cost",
     "depgraph": "graph.depgraph",
@@ -53,6 +55,7 @@ _WHERE = {
     "group_lasso_gradients": "passes.sparse_training",
     "layer_groups": "graph.layers",
     "load": "frontends.artifact",
+    "load_onnx_plan": "backends.onnx_export",
     "load_plan": "graph.serialize",
     "load_program": "graph.serialize",
     "register_rule": "graph.rules",
@@ -71,6 +74,7 @@ __all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from .backends.onnx_export import export_onnx as export_onnx
+    from .backends.onnx_export import load_onnx_plan as load_onnx_plan
     from .backends.onnx_runner import OnnxRunner as OnnxRunner
     from .backends.torchscript import export_torchscript as export_torchscript
     from .frontends.artifact import load as load
@@ -120,6 +124,8 @@ if TYPE_CHECKING:
     from .passes.remove_dropout import RemoveDropout as RemoveDropout
     from .passes.sparse_training import group_lasso_gradients as group_lasso_gradients
     from .tools.pipelines import apply_deepcache as apply_deepcache
+    from .tools.pipelines import apply_layer_cache as apply_layer_cache
+    from .tools.pipelines import apply_plan as apply_plan
 
 
 def __getattr__(name: str) -> Any:

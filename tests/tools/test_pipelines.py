@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,3 +227,102 @@ def test_a_second_cache_is_refused_and_the_first_still_works() -> None:
         _ = handle.plan
     drawn(pipe, steps=2)
     assert history(handle) == "F-"
+
+
+# ---------------------------------------------------------------------- plans from files, and transformers
+
+
+def test_a_pipeline_runs_on_the_onnx_runtime_like_on_the_plan(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pipe = pipeline()
+    without = drawn(pipe)
+    with gw.apply_deepcache(pipe, interval=2, branch=1) as handle:
+        with pytest.raises(gw.PreconditionError, match="there is no plan yet"):
+            handle.export_onnx(tmp_path)
+        want = drawn(pipe)
+        gw.save_plan(handle.plan, tmp_path / "saved")
+        artifact = handle.export_onnx(tmp_path / "onnx", providers=["cpu"])
+    assert artifact.max_difference < 1e-4
+    for folder, close in (("onnx", 1e-4), ("saved", 0.0)):
+        with gw.apply_plan(pipe, tmp_path / folder, providers=["cpu"]) as handle:
+            got = drawn(pipe)
+            assert history(handle) == "F-F-F-"
+            assert "6 evaluations, 3 of them full" in handle.summary()
+            if folder == "onnx":
+                with pytest.raises(gw.PreconditionError, match="runs on an exported plan already"):
+                    handle.export_onnx(tmp_path / "again")
+        torch.testing.assert_close(got, want, rtol=close, atol=close * float(want.abs().max()))
+    assert float((want - without).abs().max()) > 1e-3
+    assert torch.equal(drawn(pipe), without)
+
+
+def test_a_directory_without_a_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(gw.ArtifactError):
+        gw.apply_plan(pipeline(), tmp_path)
+
+
+def transformer_pipeline() -> Any:
+    """Return a class-conditional DiT pipeline of two blocks; nothing of it is near zero."""
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    pipe = diffusers.DiTPipeline(model.eval(), vae.eval(), diffusers.DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pictures(pipe: Any, steps: int = 6) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return torch.as_tensor(pipe([1, 2], num_inference_steps=steps, generator=generator, output_type="np").images)
+
+
+def test_layer_cache_equals_attention_and_mlp_kept_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = transformer_pipeline()
+    without = pictures(pipe)
+    with gw.apply_layer_cache(pipe, interval=2, kinds=("attention",)) as handle:
+        got = pictures(pipe)
+        assert history(handle) == "F-F-F-"
+    calls = {"evaluation": -1}
+    kept: dict[int, Tensor] = {}
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.update(evaluation=calls["evaluation"] + 1))
+
+    def keep(number: int) -> Any:
+        def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+            if calls["evaluation"] % 2 == 0:
+                kept[number] = output
+            return kept[number]
+
+        return hook
+
+    for number, block in enumerate(pipe.transformer.transformer_blocks):
+        block.attn1.register_forward_hook(keep(number))
+    want = pictures(pipe)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert float((want - without).abs().max()) > 1e-3
+
+
+def test_a_listed_schedule_for_another_number_of_steps_is_refused() -> None:
+    pipe = transformer_pipeline()
+    with gw.apply_layer_cache(pipe, reuse=((), (0, 1), (), (2,))):
+        with pytest.raises(gw.PreconditionError, match="for runs of 4 evaluations, and the sampler will make 6"):
+            pictures(pipe)
+        assert pictures(pipe, steps=4).isfinite().all()
