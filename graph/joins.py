@@ -1,26 +1,25 @@
-"""Where streams meet again: skip connections of a U-shaped network, and residual branches.
+"""Where a U-shaped network's streams meet again: its skip connections, and where each can be cut.
 
-Both are found from the graph alone. A *heavy* node is one that multiplies and accumulates (convolution, linear layer,
-attention); sets of ancestors are bitsets of one bit a heavy node, or a node, so the search takes nodes times bits / 64.
+Found from the graph alone. A *heavy* node is one that multiplies and accumulates (convolution, linear layer, attention);
+sets of them are bitsets, so the search takes nodes times heavy nodes / 64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.fx import Node
 
-from .cost import cost
+from .cost import cost, example_shape
+from .dataflow import Dataflow, dataflow
 from .errors import module_path
 from .operators import base_name
 from .program import Program
+from .residuals import ResidualJoin, residual_joins
 
 CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
-ATTENTIONS = frozenset({"scaled_dot_product_attention", "softmax", "_softmax", "_safe_softmax"})
-# What may stand between a branch and the addition that ends it: the gate, a rescaling, dropout, a cast.
-POINTWISE = frozenset({"mul", "div", "dropout", "to", "_to_copy", "type_as", "neg", "clone", "contiguous"})
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,9 @@ class SkipJoin:
         branch: Number of the skip connection, from the shallowest (that of the output) on.
         node: The concatenation.
         main: Its operand that comes from the deeper layers.
-        skip: Its other operand.
+        skip: Its other operand; of several the one that comes from the deepest layers.
+        cut: What to keep so that nothing beyond the skip connection runs: ``main``, or, where that is not the only way
+            from there to the results, the node before it that is.
         module: Fully qualified name of the module that joins them, for reports.
     """
 
@@ -39,138 +40,178 @@ class SkipJoin:
     node: Node
     main: Node
     skip: Node
+    cut: Node
     module: str
 
 
 @dataclass(frozen=True)
-class ResidualJoin:
-    """An addition of a stream and a branch that was computed from it.
-
-    Attributes:
-        node: The addition.
-        stream: Its operand that the branch starts from.
-        branch: The branch's last node before what depends on other inputs alone scales it (a gate): the part that
-            can be kept from an earlier evaluation while the gate is new.
-        kind: ``attention`` if a softmax or an attention lies in the branch, else ``mlp``.
-        module: Fully qualified name of the module that computed the branch, for reports.
-    """
+class _Candidate:
+    """A concatenation whose ``skip`` carries some of the heavy ancestors of its ``main``, and no others."""
 
     node: Node
-    stream: Node
-    branch: Node
-    kind: str
-    module: str
+    main: Node
+    skip: Node
+    above_main: int
+    above_skip: int
 
 
 def skip_joins(program: Program) -> tuple[SkipJoin, ...]:
     """Return the skip connections, the shallowest first.
 
-    A concatenation of two joins a skip connection if the heavy ancestors of the one operand are some of those of the
-    other, and not all of them: what the main path computes beyond the skip is what a reuse step leaves out. That the
-    skip is itself an ancestor of the main path is not asked for: residuals of a ControlNet are added to it.
+    A concatenation joins a skip connection if the heavy ancestors of one operand are all of those of the others and
+    more: what the main path computes beyond the skip is what a reuse step leaves out. That the skip is itself an
+    ancestor of the main path is not asked for: residuals of a ControlNet are added to it. Only layers that the sample
+    goes through count, so that a map of times or classes is no skip.
+
+    The skip connections of a U lie one within the other. Concatenations that are not part of the longest such nest
+    (of dense blocks, of small U-shapes inside of one level, of another U before) are none of its skip connections.
 
     Args:
         program: Any program; on the ``meta`` device too.
     """
-    heavy = _heavy_ancestors(program)
-    found = []
-    for node in program.nodes:
-        operands = node.args[0] if base_name(node) in CONCATENATIONS else ()
-        if not isinstance(operands, (list, tuple)) or len(operands) != 2:
-            continue
-        first, second = operands
-        if not isinstance(first, Node) or not isinstance(second, Node):
-            continue
-        for main, skip in ((first, second), (second, first)):
-            beyond = heavy[main] & ~heavy[skip]
-            if heavy[skip] and not heavy[skip] & ~heavy[main] and beyond:
-                found.append((node, main, skip))
+    flow, samples = dataflow(program), set(_samples(program))
+    carries = flow.ancestors(lambda node: int(node in samples))
+    names = {n.node for n in cost(program).nodes if n.macs}
+    heavy = [node for node in flow.order if node.name in names and carries[node]]
+    number = {node: 1 << i for i, node in enumerate(heavy)}
+    above = flow.ancestors(lambda node: number.get(node, 0))
+    nest = _longest_nest(list(_candidates(flow, above)), flow)
+    cuts = _Cuts(flow, number, above)
     return tuple(
-        SkipJoin(i, node, main, skip, module_path(node)[0]) for i, (node, main, skip) in enumerate(reversed(found))
+        SkipJoin(i, join.node, join.main, join.skip, cuts.of(join), module_path(join.node)[0])
+        for i, join in enumerate(nest)
     )
 
 
-def residual_joins(program: Program) -> tuple[ResidualJoin, ...]:
-    """Return the residual branches that hold heavy nodes, in graph order; of nested ones the innermost.
+def _samples(program: Program) -> list[Node]:
+    """Return the inputs that have the shape of a result but for one dimension, the channels; all inputs if none has."""
+    inputs = program.graph_module.graph.find_nodes(op="placeholder")
+    results = [shape for node in _results(program) if (shape := _shape(node)) is not None]
 
-    Args:
-        program: Any program; on the ``meta`` device too.
-    """
-    heavy = _heavy(program)
-    order = {node: i for i, node in enumerate(program.nodes)}
-    above = _ancestors(program, lambda node: 1 << order[node])
-    nodes = list(order)
-    found = []
-    for node in nodes:
-        ends = _ends(node, above, order)
-        if ends is None:
-            continue
-        stream, branch = ends
-        region = _between(stream, branch, above, order, nodes)
-        if any(n in heavy for n in region):
-            kind = "attention" if any(base_name(n) in ATTENTIONS for n in region) else "mlp"
-            found.append((ResidualJoin(node, stream, branch, kind, module_path(branch)[0]), region))
-    joins = {join.node for join, _ in found}
-    return tuple(join for join, region in found if not joins & region)
+    def alike(shape: list[int] | None) -> bool:
+        return shape is not None and any(
+            len(shape) == len(result) > 1 and sum(a != b for a, b in zip(shape, result, strict=True)) <= 1
+            for result in results
+        )
+
+    return [node for node in inputs if alike(_shape(node))] or inputs
 
 
-def _heavy(program: Program) -> set[Node]:
-    names = {n.node for n in cost(program).nodes if n.macs}
-    return {node for node in program.nodes if node.name in names}
+def _results(program: Program) -> list[Node]:
+    return next(iter(reversed(program.graph_module.graph.nodes))).all_input_nodes
 
 
-def _heavy_ancestors(program: Program) -> dict[Node, int]:
-    number = {node: i for i, node in enumerate(_heavy(program))}
-    return _ancestors(program, lambda node: 1 << number[node] if node in number else 0)
-
-
-def _ancestors(program: Program, own: Callable[[Node], int]) -> dict[Node, int]:
-    """Return for every node the union of ``own`` over itself and its ancestors."""
-    out: dict[Node, int] = {}
-    for node in program.nodes:
-        bits = own(node)
-        for n in node.all_input_nodes:
-            bits |= out[n]
-        out[node] = bits
-    return out
-
-
-def _ends(node: Node, above: dict[Node, int], order: dict[Node, int]) -> tuple[Node, Node] | None:
-    """Return stream and branch of an addition of two activations of one shape, of which one comes from the other."""
-    if base_name(node) != "add" or len(node.args) != 2 or not all(isinstance(n, Node) for n in node.args):
-        return None
-    a, b = node.args
-    assert isinstance(a, Node) and isinstance(b, Node)
-    if a is b or _shape(a) is None or _shape(a) != _shape(b):
-        return None
-    if above[b] >> order[a] & 1:
-        stream, branch = a, b
-    elif above[a] >> order[b] & 1:
-        stream, branch = b, a
-    else:
-        return None
-    return stream, _peeled(branch, stream, above, order)
-
-
-def _peeled(branch: Node, stream: Node, above: dict[Node, int], order: dict[Node, int]) -> Node:
-    """Walk up from ``branch`` through pointwise operators with one operand that depends on ``stream``."""
-    while base_name(branch) in POINTWISE:
-        dependent = [n for n in branch.all_input_nodes if above[n] >> order[stream] & 1]
-        if len(dependent) != 1 or dependent[0] is stream:
-            break
-        branch = dependent[0]
-    return branch
-
-
-def _between(
-    stream: Node, branch: Node, above: dict[Node, int], order: dict[Node, int], nodes: list[Node]
-) -> set[Node]:
-    """Return the nodes on the paths from ``stream`` to ``branch``, with ``branch`` and without ``stream``."""
-    mark, within = order[stream], above[branch]
-    found = nodes[mark + 1 : order[branch] + 1]
-    return {n for n in found if within >> order[n] & 1 and above[n] >> mark & 1}
-
-
-def _shape(node: Node) -> tuple[object, ...] | None:
+def _shape(node: Node) -> list[int] | None:
     value = node.meta.get("val")
-    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else None
+    return example_shape(value) if isinstance(value, Tensor) else None
+
+
+def _candidates(flow: Dataflow, above: dict[Node, int]) -> Iterator[_Candidate]:
+    for node in flow.order:
+        operands = node.args[0] if base_name(node) in CONCATENATIONS else ()
+        if not isinstance(operands, (list, tuple)):
+            continue
+        tensors = sorted((n for n in operands if isinstance(n, Node)), key=lambda n: above[n].bit_count())
+        skips = [n for n in tensors[:-1] if above[n]]
+        if not skips:
+            continue
+        main, most = tensors[-1], above[tensors[-1]]
+        if all(not above[n] & ~most and above[n] != most for n in skips):
+            yield _Candidate(node, main, skips[-1], most, above[skips[-1]])
+
+
+def _longest_nest(candidates: list[_Candidate], flow: Dataflow) -> list[_Candidate]:
+    """Return the longest chain of concatenations that lie one within the other, outermost first.
+
+    One lies within another if it comes before the other's main path and branches off after the other's skip. Of
+    chains of one length the one that spans more heavy nodes is taken.
+    """
+    ends = {join.node: 1 << i for i, join in enumerate(candidates)}
+    before = flow.ancestors(lambda node: ends.get(node, 0))
+    best: list[tuple[int, int, int | None]] = []  # for every candidate as the outermost: length, span, the next inside
+    for i, outer in enumerate(candidates):
+        span = (outer.above_main & ~outer.above_skip).bit_count()
+        inside = [
+            k
+            for k, inner in enumerate(candidates[:i])
+            if before[outer.main] & ends[inner.node]
+            and not before[outer.skip] & ends[inner.node]
+            and not outer.above_skip & ~inner.above_skip
+        ]
+        deepest = max(inside, key=lambda k: best[k][:2], default=None)
+        best.append((1 if deepest is None else best[deepest][0] + 1, span, deepest))
+    at = max(range(len(best)), key=lambda k: best[k][:2], default=None)
+    nest = []
+    while at is not None:
+        nest.append(candidates[at])
+        at = best[at][2]
+    return nest
+
+
+class _Cuts:
+    """Finds where the layers beyond a skip connection can be cut off."""
+
+    def __init__(self, flow: Dataflow, number: dict[Node, int], above: dict[Node, int]) -> None:
+        self.flow, self.number, self.above = flow, number, above
+        self._after: dict[Node, tuple[int, Node | None]] | None = None
+
+    def of(self, join: _Candidate) -> Node:
+        """Return the last node on the main path without which no layer beyond the skip reaches a result."""
+        if self._cuts_off(join.main, join):
+            return join.main
+        beyond = join.above_main & ~join.above_skip
+        first = next(node for node, bit in self.number.items() if bit & beyond)
+        on_path = self.flow.sources(join.main)
+        all_ways = [n for n in self._on_all_ways(first) if n in on_path and isinstance(n.meta.get("val"), Tensor)]
+        return next((n for n in reversed(all_ways) if self._cuts_off(n, join)), join.main)
+
+    def _cuts_off(self, node: Node, join: _Candidate) -> bool:
+        beyond = self.above[node] & ~join.above_skip
+        return bool(beyond) and not any(self.number.get(n, 0) & beyond for n in self.flow.live({node}))
+
+    def _on_all_ways(self, node: Node) -> list[Node]:
+        """Return the nodes that lie on all ways from ``node`` to the results, the nearest first."""
+        if self._after is None:
+            self._after = _post_dominators(self.flow)
+        found: list[Node] = []
+        at: Node | None = node
+        while at is not None and at in self._after:
+            found.append(at)
+            at = self._after[at][1]
+        return found
+
+
+def _post_dominators(flow: Dataflow) -> dict[Node, tuple[int, Node | None]]:
+    """Return, for every live node, the first one after it that lies on all its ways to the results, None at their end.
+
+    With it comes its depth: how many such nodes there are.
+    """
+    live = flow.live()
+    users: dict[Node, list[Node]] = {node: [] for node in live}
+    for node in live:
+        for source in flow.reads[node]:
+            users[source].append(node)
+    after: dict[Node, tuple[int, Node | None]] = {}
+    for node in sorted(live, key=flow.order.__getitem__, reverse=True):
+        common = None if flow.is_seen(node) else _common(users[node], after)
+        after[node] = (1 if common is None else after[common][0] + 1, common)
+    return after
+
+
+def _common(nodes: Iterable[Node], after: dict[Node, tuple[int, Node | None]]) -> Node | None:
+    """Return the first node on all ways from all of ``nodes``."""
+    first, *others = nodes
+    found: Node | None = first
+    for other in others:
+        at: Node | None = other
+        while found is not at:
+            if found is None or at is None:
+                return None
+            if after[found][0] >= after[at][0]:
+                found = after[found][1]
+            else:
+                at = after[at][1]
+    return found
+
+
+__all__ = ["ResidualJoin", "SkipJoin", "residual_joins", "skip_joins"]

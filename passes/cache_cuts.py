@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping
 import torch
 from torch.fx import Node
 
-from ..graph.errors import PreconditionError
+from ..graph.dataflow import Dataflow, dataflow
+from ..graph.errors import PreconditionError, where
 from ..graph.plan import Stage
 from ..graph.program import Program
 from ..graph.rewriter import Rewriter
 from ..graph.schedules import REFRESH
-from .eliminate_dead_code import eliminate
+from .unread import drop_unread
 
 aten = torch.ops.aten
 
@@ -25,13 +26,20 @@ def cut_stages(
     Args:
         program: Becomes the refresh program.
         rule: Name of the pass, for the new nodes.
-        cuts: Nodes of ``program`` by the name of the register that keeps their value.
+        cuts: Nodes of ``program`` by the name of the register that keeps their value, as it is when it is computed:
+            what operators in place make of it afterwards is computed anew.
         patterns: For every reuse stage the registers it takes instead of computing them. Whatever only they needed is
             gone from its program, parameters included; its inputs stay, so that all stages are called alike.
 
     Returns:
         ``refresh``, which writes the registers that any pattern reads, and a stage for each pattern.
+
+    Raises:
+        PreconditionError: A value is changed in place through a tensor that shares memory with it.
     """
+    flow = dataflow(program)
+    for node in cuts.values() if flow.writes else ():
+        _require_own_value(rule, flow, node)
     stages = {}
     for name, reads in patterns.items():
         reuse = program.copy()
@@ -40,7 +48,7 @@ def cut_stages(
         stages[name] = Stage(reuse, reads=tuple(reads))
     writes = [register for register in cuts if any(register in reads for reads in patterns.values())]
     if writes:
-        _give(program, rule, {register: cuts[register] for register in writes})
+        _give(program, rule, flow, {register: cuts[register] for register in writes})
     program.changed()
     return {REFRESH: Stage(program, writes=tuple(writes)), **stages}
 
@@ -55,22 +63,63 @@ def require_timestep(rule: str, program: Program, timestep: str) -> None:
         )
 
 
+def _require_own_value(rule: str, flow: Dataflow, cut: Node) -> None:
+    """Raise unless all that happens to the memory of ``cut`` after it happens through ``cut``.
+
+    Otherwise an input in its place, which has memory of its own, would miss a change, or others would miss those made
+    to it.
+    """
+    after = [n for n in flow.order if flow.order[n] > flow.order[cut]]
+    own = {cut}
+    for node in after:  # views of the cut, and results of operators that write into it
+        if flow.memory[node] & flow.memory[cut] and own & set(node.all_input_nodes):
+            own.add(node)
+    changed = False
+    for node in after:
+        shared = [n for n in node.all_input_nodes if flow.memory[n] & flow.memory[cut]]
+        changed |= bool(flow.writes.get(node, frozenset()) & flow.memory[cut])
+        if changed and not own.issuperset(shared):
+            raise PreconditionError(
+                f"{rule} cannot keep {where(cut)}: {where(node)} shares its memory, in which values are changed in place; "
+                "let the model compute these values out of place, or clone them before"
+            )
+
+
 def _take(program: Program, rule: str, cuts: Mapping[str, str]) -> None:
     """Let inputs stand for the named nodes, and erase what is dead then."""
     rewriter = Rewriter(program, rule)
     nodes = {node.name: node for node in program.nodes}
+    inputs = []
     for register, name in cuts.items():
         kept = rewriter.placeholder_like(register, nodes[name])
         nodes[name].replace_all_uses_with(kept)
-    eliminate(program)
+        inputs.append(kept)
+    flow = dataflow(program)
+    changed = {maker for makers in flow.writes.values() for maker in makers}
+    for kept in changed.intersection(inputs):
+        # The register is the caller's, and the next evaluation reads it again.
+        own = rewriter.call(aten.clone.default, kept, origin=min(kept.users, key=flow.order.__getitem__))
+        kept.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+    _erase_dead(program)
     program.changed()
 
 
-def _give(program: Program, rule: str, cuts: Mapping[str, Node]) -> None:
+def _erase_dead(program: Program) -> None:
+    """Erase what no result depends on, operators in place among it, and drop the tensors that only it read."""
+    gm = program.graph_module
+    live = dataflow(program).live()
+    for node in reversed(list(gm.graph.nodes)):
+        if node not in live and node.op != "placeholder":
+            gm.graph.erase_node(node)
+    gm.delete_all_unused_submodules()
+    drop_unread(gm)
+
+
+def _give(program: Program, rule: str, flow: Dataflow, cuts: Mapping[str, Node]) -> None:
     """Return the values of nodes, as copies: an operator in place may write over them later."""
     rewriter = Rewriter(program, rule)
     copies = {
-        register: rewriter.call(aten.clone.default, node, origin=next(iter(node.users)))
+        register: rewriter.call(aten.clone.default, node, origin=min(node.users, key=flow.order.__getitem__))
         for register, node in cuts.items()
     }
     rewriter.outputs(copies)

@@ -57,7 +57,7 @@ class InsertFeatureCache(Pass):
     def rewrite(self, program: Program, ctx: Context) -> PassResult:
         join = skip_joins(program)[self.branch]
         inputs, name, full = program.inputs, program.name, cost(program).total_macs
-        stages = cut_stages(program, self.name, {REGISTER: join.main}, {REUSE: {REGISTER}})
+        stages = cut_stages(program, self.name, {REGISTER: join.cut}, {REUSE: {REGISTER}})
         schedule = self.schedule or Uniform(self.interval_steps)
         plan = Plan(stages, schedule, inputs, self.timestep, name, (_note(join),))
         reuse = stages[REUSE].program
@@ -67,7 +67,7 @@ class InsertFeatureCache(Pass):
             "macs_reuse": cost(reuse).total_macs,
             "nodes_refresh": sum(1 for _ in program.nodes),
             "nodes_reuse": sum(1 for _ in reuse.nodes),
-            "register_bytes": join.main.meta["val"].element_size() * _elements(plan),
+            "register_bytes": join.cut.meta["val"].element_size() * _elements(plan),
         }
         return PassResult(True, stats, output=plan)
 
