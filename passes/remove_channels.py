@@ -9,7 +9,7 @@ divisibility. The result carries the removal record. Paper: DepGraph: Towards An
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..graph.cost import cost
 from ..graph.depgraph import DepGraph, depgraph
-from ..graph.errors import PreconditionError
+from ..graph.errors import PreconditionError, unknown
 from ..graph.groups import CouplingGroup
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord, reconcile, resize
@@ -74,8 +74,8 @@ class RemoveChannels(Pass):
         head_ratio: Fraction of attention heads (key-value heads where queries share them) to remove.
         head_group_ratio: Fraction of the query heads of each key-value head to remove.
         head_dim_ratio: Fraction of the dimensions of each head, of queries and keys and of values, to remove.
-        ratios: Own ratios by glob over group names or member names, the first that matches wins.
-        ignore: Globs over group names and member names; a group with a match keeps its width.
+        ratios: Own ratios by glob over names of groups, modules or parameters, the first that matches wins.
+        ignore: Globs over names of groups, modules and parameters; a group with a match keeps its width.
         max_ratio: No group loses more than this fraction.
         min_width: No group gets narrower than this.
         round_to: Keep widths a multiple of this.
@@ -130,6 +130,15 @@ class RemoveChannels(Pass):
         initial = {g.name: g.size for g in groups}
         if not initial:
             raise PreconditionError(f"{program.name} has no axis that can be removed: {_why_frozen(graph)}")
+        for option, patterns in (("ignore", self.ignore), ("ratios", self.ratios)):
+            for pattern in patterns:
+                if not _matches(pattern, (*initial, *program.tensors())):
+                    modules = {name.rpartition(".")[0] for name in program.tensors()} - {""}
+                    raise PreconditionError(
+                        unknown(
+                            f"{option} of {self.name}: nothing of {program.name} matches", pattern, [*modules, *initial]
+                        )
+                    )
         record, plan = RemovalRecord(), _Plan()
         for step in range(1, self.steps + 1):
             graph = ctx.analysis(depgraph, program)
@@ -204,10 +213,10 @@ class RemoveChannels(Pass):
 
     def _ratio(self, group: CouplingGroup) -> float:
         names = (group.name, *(m.name for m in group.members))
-        if any(fnmatchcase(name, pattern) for pattern in self.ignore for name in names):
+        if any(_matches(pattern, names) for pattern in self.ignore):
             return 0.0
         for pattern, ratio in self.ratios.items():
-            if any(fnmatchcase(name, pattern) for name in names):
+            if _matches(pattern, names):
                 return ratio
         if group.kind == "head":
             return self.head_ratio
@@ -227,6 +236,11 @@ class RemoveChannels(Pass):
             f"{width.before} of {width.before} stay where {width.wanted:.4g} were wanted: indices go in steps of "
             f"{group.step}, min_width {self.min_width}, max_ratio {self.max_ratio}, round_to {self.round_to}"
         )
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a glob matches one of the names, or the name of a module that one of them is in."""
+    return any(fnmatchcase(name, glob) for glob in (pattern, f"{pattern}.*") for name in names)
 
 
 def _width(group: CouplingGroup, record: RemovalRecord, plan: _Plan) -> GroupWidth:

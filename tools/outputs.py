@@ -88,14 +88,15 @@ def plan_facts(output: Output) -> dict[str, Any] | None:
         name: {"reads": list(stage.reads), "writes": list(stage.writes), "cost": cost_facts(stage.program)}
         for name, stage in output.stages.items()
     }
-    mean = output_cost(output)["total_macs"]
+    shares = stage_shares(output.schedule)
     full = cost(output.stages[REFRESH].program).total_macs
+    mean = sum(share * stages[name]["cost"]["total_macs"] for name, share in shares.items())
     evaluations = output.schedule.evaluations
     return {
         "schedule": output.schedule.encode(),
         "evaluations": evaluations,
         "ran": list(output.schedule.programs(evaluations or SHOWN)),
-        "shares": stage_shares(output.schedule),
+        "shares": shares,
         "stages": stages,
         "registers": _register_bytes(output),
         "predicted_speedup": full / mean if mean else 1.0,

@@ -202,6 +202,20 @@ def test_global_scope_removes_more_where_slices_are_weaker() -> None:
     assert widths(result) == {"0:hidden": 3, "2:hidden": 9}
 
 
+def test_ignore_takes_names_of_modules_and_refuses_what_matches_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(2, 4)
+    _, result = removed(model, x, ratio=0.5, ignore=("0",))
+    assert {w.group: w.after for w in result.widths} == {"0:hidden": 8, "2:hidden": 3}
+    for options in ({"ignore": ("encoder.0",)}, {"ratios": {"encoder.0": 0.1}}):
+        with pytest.raises(
+            PreconditionError, match=r"(ignore|ratios) of remove-channels: nothing of Sequential matches"
+        ):
+            removed(model, x, **options)
+    # A module without a group: there is nothing to ignore of it.
+    removed(model, x, ignore=("4.bias",))
+
+
 def test_ratios_and_ignore_match_group_and_parameter_names() -> None:
     model, x = mlp(4, 10, 10, 10, 3), noise(2, 4)
     _, result = removed(model, x, ratio=0.5, ratios={"2:*": 0.2}, ignore=("4.weight",))
