@@ -11,59 +11,16 @@ import torch
 from torch import Tensor
 
 import graphwright as gw
+from graphwright.tools.bench.cache_models import draw as drawn
+from graphwright.tools.bench.cache_models import switch_guidance_off, tiny_pipeline
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 def pipeline(kind: str = "StableDiffusionPipeline", scheduler: str = "DDIMScheduler", layers: int = 2) -> Any:
-    """Return a pipeline of Stable Diffusion's kind with two levels and small widths; embeddings stand in for its text encoder."""
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=layers,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=2,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    pipe = getattr(diffusers, kind)(
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet.eval(),
-        scheduler=getattr(diffusers, scheduler)(**betas),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def drawn(pipe: Any, seed: int = 0, steps: int = 6, **options: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    positive, negative = (torch.randn(1, 5, 12, generator=generator) for _ in range(2))
-    size = {} if "image" in options else {"height": 16, "width": 16}
-    return pipe(
-        prompt_embeds=positive,
-        negative_prompt_embeds=negative,
-        num_inference_steps=steps,
-        generator=generator,
-        output_type="latent",
-        **size,
-        **options,
-    ).images
+    """Return a pipeline with two levels, small widths and embeddings in place of a text encoder."""
+    return tiny_pipeline(kind, scheduler, layers_per_block=layers)
 
 
 def history(handle: Any) -> str:
@@ -139,16 +96,9 @@ def test_two_pictures_from_pictures_with_other_strengths_are_those_of_fresh_runs
 
 
 def test_guidance_switched_off_midway_makes_a_full_evaluation() -> None:
-    def switch_off(pipe: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if i == 3:
-            pipe._guidance_scale = 0.0
-            values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[-1]
-        return values
-
-    options = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     pipe = pipeline()
     handle = gw.apply_deepcache(pipe)
-    drawn(pipe, **options)
+    drawn(pipe, **switch_guidance_off(3))
     assert history(handle) == "F--FF-"
 
 

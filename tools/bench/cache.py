@@ -58,7 +58,7 @@ SIDE_BY_SIDE: tuple[Column, ...] = (
     ("ours / theirs", lambda row: f"{row['ours_s'] / row['theirs_s']:.3f}"),
     ("speed-up", _number("speedup", ".2f")),
     ("theirs", _number("their_speedup", ".2f")),
-    ("bound", _number("bound", ".2f")),
+    ("by MACs", _number("bound", ".2f")),
     ("reuse s", _number("reuse_s", ".3f")),
     ("theirs", _number("their_reuse_s", ".3f")),
     ("time ratio", _number("time_ratio", ".3f")),
