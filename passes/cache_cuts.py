@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch.fx import Node
 
+from ..graph.cost import cost
 from ..graph.dataflow import Dataflow, dataflow
 from ..graph.errors import PreconditionError, where
 from ..graph.plan import Stage
@@ -51,6 +52,18 @@ def cut_stages(
         _give(program, rule, flow, {register: cuts[register] for register in writes})
     program.changed()
     return {REFRESH: Stage(program, writes=tuple(writes)), **stages}
+
+
+def live_macs(program: Program, taken: Collection[Node]) -> int:
+    """Return the multiply-accumulates of what is still computed when the values of nodes are taken from elsewhere."""
+    live: set[str] = set()
+    queue = [program.graph_module.graph.output_node()]
+    while queue:
+        node = queue.pop()
+        if node not in taken and node.name not in live:
+            live.add(node.name)
+            queue += node.all_input_nodes
+    return sum(entry.macs for entry in cost(program).nodes if entry.node in live)
 
 
 def require_timestep(rule: str, program: Program, timestep: str) -> None:

@@ -7,6 +7,7 @@ after:  refresh: F = deep(x); y = decoder(cat(F, skip(x))); return y, F
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from ..graph.plan import Plan
 from ..graph.program import Program
 from ..graph.schedules import REUSE, Listed, Uniform
 from .base import Context, Pass, PassResult
-from .cache_cuts import cut_stages, require_timestep
+from .cache_cuts import cut_stages, live_macs, require_timestep
 
 REGISTER = "cached_feature"
 
@@ -30,6 +31,8 @@ class InsertFeatureCache(Pass):
         interval_steps: A full evaluation every so many steps; 1 caches nothing.
         branch: Number of the skip connection, 0 is the shallowest. A small number is fast and less accurate.
         schedule: Takes the place of ``interval_steps`` where it is given.
+        reuse_ratio: Takes the place of ``branch`` where it is given: the deepest branch, which is the most accurate, whose
+            reuse costs at most this fraction of the multiply-accumulates of a full evaluation.
         timestep: Name of the input that holds the time.
     """
 
@@ -38,6 +41,7 @@ class InsertFeatureCache(Pass):
     interval_steps: int = 3
     branch: int = 0
     schedule: Uniform | Listed | None = None
+    reuse_ratio: float | None = None
     timestep: str = "timestep"
 
     def requires(self, program: Program) -> None:
@@ -53,16 +57,30 @@ class InsertFeatureCache(Pass):
                 f"from 0 (the shallowest) to {len(joins) - 1}"
             )
         require_timestep(self.name, program, self.timestep)
+        self._join(program, joins)
+
+    def _join(self, program: Program, joins: Sequence[SkipJoin]) -> SkipJoin:
+        if self.reuse_ratio is None:
+            return joins[self.branch]
+        full = cost(program).total_macs
+        ratios = [live_macs(program, {join.cut}) / full for join in joins]
+        fitting = [i for i, ratio in enumerate(ratios) if ratio <= self.reuse_ratio]
+        if not fitting:
+            raise PreconditionError(
+                f"{self.name}: no branch of {program.name} costs at most {self.reuse_ratio:.1%} of a full evaluation; the "
+                f"cheapest, {ratios.index(min(ratios))}, costs {min(ratios):.1%}"
+            )
+        return joins[fitting[-1]]
 
     def rewrite(self, program: Program, ctx: Context) -> PassResult:
-        join = skip_joins(program)[self.branch]
+        join = self._join(program, skip_joins(program))
         inputs, name, full = program.inputs, program.name, cost(program).total_macs
         stages = cut_stages(program, self.name, {REGISTER: join.cut}, {REUSE: {REGISTER}})
         schedule = self.schedule or Uniform(self.interval_steps)
         plan = Plan(stages, schedule, inputs, self.timestep, name, (_note(join),))
         reuse = stages[REUSE].program
         stats = {
-            "branch": self.branch,
+            "branch": join.branch,
             "macs_refresh": full,
             "macs_reuse": cost(reuse).total_macs,
             "nodes_refresh": sum(1 for _ in program.nodes),

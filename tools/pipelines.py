@@ -170,6 +170,7 @@ def apply_deepcache(
     interval: int = 3,
     branch: int = 0,
     *,
+    reuse_ratio: float | None = None,
     schedule: Uniform | Listed | None = None,
     cache_interval: int | None = None,
     cache_branch_id: int | None = None,
@@ -180,6 +181,7 @@ def apply_deepcache(
         pipe: A diffusers pipeline, or any object with a denoiser (``unet``) and a ``scheduler`` with ``timesteps``.
         interval: A full evaluation every so many; 1 changes nothing.
         branch: Number of the skip connection, 0 is the shallowest and fastest.
+        reuse_ratio: Takes the place of ``branch``: the deepest branch whose reuse costs at most this fraction.
         schedule: Takes the place of ``interval``.
         cache_interval: Another name for ``interval``, that of the package DeepCache.
         cache_branch_id: Another name for ``branch``.
@@ -188,7 +190,10 @@ def apply_deepcache(
         PreconditionError: The object has no denoiser or no scheduler, or a cache is in place already.
     """
     step = InsertFeatureCache(
-        cache_interval or interval, branch if cache_branch_id is None else cache_branch_id, schedule
+        cache_interval or interval,
+        branch if cache_branch_id is None else cache_branch_id,
+        schedule,
+        reuse_ratio,
     )
     return _apply_pass(pipe, step)
 

@@ -13,6 +13,7 @@ import graphwright as gw
 from graphwright.graph.cost import cost
 from graphwright.graph.joins import skip_joins
 from graphwright.graph.schedules import masked
+from graphwright.passes.cache_cuts import live_macs
 from graphwright.passes.insert_feature_cache import REGISTER, InsertFeatureCache
 from graphwright.tools.zoo import ZOO
 
@@ -47,6 +48,21 @@ def test_both_programs_equal_the_model_at_every_branch(unet) -> None:
             assert own < full
             macs.append(result.records[0].result.stats["macs_reuse"])
     assert macs == sorted(macs) and macs[-1] < full_macs
+
+
+def test_a_ratio_chooses_the_deepest_branch_that_meets_it(unet) -> None:
+    _, program = unet
+    joins, full = skip_joins(program), cost(program).total_macs
+    ratios = []
+    for join in joins:
+        result = gw.Pipeline([InsertFeatureCache(branch=join.branch)])(program)
+        ratios.append(result.records[0].result.stats["macs_reuse"] / full)
+        assert live_macs(program, {join.cut}) == result.records[0].result.stats["macs_reuse"]
+    for wanted in (ratios[0], (ratios[1] + ratios[2]) / 2, 1.0):
+        stats = gw.Pipeline([InsertFeatureCache(reuse_ratio=wanted)])(program).records[0].result.stats
+        assert stats["branch"] == max(i for i, ratio in enumerate(ratios) if ratio <= wanted)
+    with pytest.raises(gw.PreconditionError, match=r"no branch of .* costs at most 0\.1% .* the cheapest, 0, costs"):
+        gw.Pipeline([InsertFeatureCache(reuse_ratio=0.001)])(program)
 
 
 def test_what_is_dead_is_gone_in_spite_of_dropout(unet) -> None:
