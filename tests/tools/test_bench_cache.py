@@ -15,7 +15,7 @@ from torch import nn
 from graphwright.graph.cost import cost
 from graphwright.graph.errors import LoadError
 from graphwright.tools.bench import cache as bench
-from graphwright.tools.bench import cache_cases, cache_deepcache, cache_hooks, cache_macs, cache_models
+from graphwright.tools.bench import cache_bed, cache_cases, cache_deepcache, cache_hooks, cache_macs, cache_models
 from graphwright.tools.bench.cache_bed import Bed, counting
 from graphwright.tools.bench.cache_contenders import Contender, fewer_steps, ours
 from graphwright.tools.bench.cache_diffusers import theirs
@@ -159,6 +159,33 @@ def test_hooks_of_diffusers_are_measured_or_their_refusal_is_a_row() -> None:
     assert "no repeated transformer blocks" in found["SeaCache", "threshold 0.25"]["note"]
     assert "hooks no layer" in found["TaylorSeer", "its own patterns"]["note"]
     assert found["TaylorSeer", "order 1, N=2"]["mac_ratio"] < 1
+
+
+def test_a_transformer_with_labels_takes_every_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4, "sample_size": 8, "in_channels": 1}
+
+    def load(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = DiTTransformer2DModel(**sizes, out_channels=1, num_embeds_ada_norm=10).eval()
+        return model, (torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2)), {}
+
+    monkeypatch.setattr(cache_bed, "load_builtin", load)
+    bed = Bed("any", 8, 4)
+    assert bed.labelled and len(bed.inputs(torch.zeros(4, 1, 8, 8), torch.zeros(4))["class_labels"]) == 8
+    contenders = [c for c in theirs(bed) if "its own patterns" not in c.key]
+    last = {c.method: c for c in contenders} | {c.key: c for c in contenders if c.setting == "every 2, all times"}
+    chosen = [*last.values(), *(c for c in ours(bed) if c.setting == "attention, N=2")]
+    found = {contender.key: cache_hooks.measure(bed, contender)[0] for contender in chosen}
+    assert len({row["method"] for row in found.values()}) == 7 and not any(row["note"] for row in found.values())
+    # Attention at every second evaluation is one method under two names: a check of both ways and of the counter.
+    a, b = found["PyramidAttentionBroadcast, every 2, all times"], found["InsertLayerCache, attention, N=2"]
+    assert (
+        a["mac_ratio"] == b["mac_ratio"] < 1 and a["error"] == pytest.approx(b["error"], rel=1e-4) and a["error"] > 1e-3
+    )
+    assert all(row["mac_ratio"] < 1 and row["error"] > 0 for row in found.values())
 
 
 def row(who: str, ratio: float, error: float, **more: Any) -> Row:

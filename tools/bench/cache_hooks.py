@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ...graph.errors import first_line
 from .cache_bed import Bed
 from .cache_contenders import Contender, fewer_steps, ours
-from .cache_diffusers import theirs
+from .cache_diffusers import Refused, theirs
 from .cache_rows import Row, Rows
 
 MODELS = ("digits-ddpm", "digits-dit")
@@ -28,7 +28,8 @@ def measure(bed: Bed, contender: Contender) -> list[Row]:
     except Exception as err:
         if contender.who != "diffusers":
             raise
-        return [row | {"note": f"{type(err).__name__}: {first_line(err)}"}]
+        kind = "" if isinstance(err, Refused) else f"{type(err).__name__}: "
+        return [row | {"note": kind + first_line(err)}]
     cost = {"mac_ratio": drawn.macs / bed.uncached.macs, "giga_macs": drawn.macs / 1e9}
     return [row | cost | {"error": drawn.error(bed.uncached), "frechet": drawn.frechet, "note": ""}]
 
