@@ -2,6 +2,7 @@
 
 Operator graph (``DepGraph.operators``): nodes are FX node names.
 Coupling graph (``DepGraph.coupling``): bipartite; a node is ``("axis", i)`` or ``("dim", fx node name, output, dim)``.
+Group graph (``isomorphism.group_graphs``): nodes are FX node names.
 """
 
 from __future__ import annotations
@@ -14,3 +15,4 @@ PART = "bipartite"  # coupling graph: 0 for axes, 1 for tensor dimensions (netwo
 SIZE = "size"  # coupling graph, axes: number of indices
 FROZEN = "frozen"  # coupling graph, axes: the reason in words, None if removable
 GROUP = "group"  # coupling graph, axes: name of the coupling group, None if there is none
+LABEL = "label"  # group graph: kind of an operator, or of a parameter and the dimensions that carry the axis

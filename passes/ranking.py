@@ -58,18 +58,29 @@ def global_widths(
     ratios: Mapping[str, float],
     initial: Mapping[str, int],
     limits: Limits = Limits(),
+    classes: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """All indices of all groups compete: the lowest go until the overall fraction is gone.
 
     Groups with different ratios compete among those with the same ratio. The highest scores of each group, as many as
-    must stay, do not compete, so that others go in their place.
+    must stay, do not compete, so that others go in their place. Of ``n`` indices ``n - int(n * (1 - ratio))`` go.
+
+    Args:
+        groups: That lose something.
+        scores: By group.
+        ratios: By group.
+        initial: Widths at the beginning, by group.
+        limits: For every group.
+        classes: By group: only groups of one class compete, and each class loses the fraction.
     """
     widths: dict[str, float] = {}
-    for ratio in sorted({ratios[g.name] for g in groups}):
-        pool = [g for g in groups if ratios[g.name] == ratio]
+    pools: dict[tuple[float, str], list[CouplingGroup]] = {}
+    for group in groups:
+        pools.setdefault((ratios[group.name], (classes or {}).get(group.name, "")), []).append(group)
+    for (ratio, _), pool in pools.items():
         everything = torch.cat([_competing(scores[g.name], least_width(g, initial[g.name], limits)) for g in pool])
         total = sum(initial[g.name] for g in pool)
-        remove = max(0, len(everything) - (total - int(total * ratio + 1e-9)))
+        remove = max(0, len(everything) - int(total * (1 - ratio) + 1e-9))
         # Positions, not a threshold: with equal scores a threshold removes all of them or none.
         lowest = torch.zeros(len(everything), dtype=torch.bool)
         lowest[torch.argsort(everything, stable=True)[:remove]] = True

@@ -20,6 +20,7 @@ from ..graph.cost import cost
 from ..graph.depgraph import DepGraph, depgraph
 from ..graph.errors import PreconditionError, unknown
 from ..graph.groups import CouplingGroup
+from ..graph.isomorphism import isomorphism_classes
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord, reconcile, resize
 from .base import Context, Pass, PassResult, Skipped
@@ -28,7 +29,7 @@ from .importance import NotScoredError, importance, scoring_of
 from .ranking import Limits, global_widths, legal_width, local_widths, select
 from .reductions import NORMALISERS, REDUCTIONS
 
-SCOPES = ("local", "global")
+SCOPES = ("local", "global", "isomorphic")
 HEAD_KINDS = ("head", "head group")
 HEAD_DIM_KINDS = ("head dim", "value dim")
 
@@ -67,7 +68,8 @@ class RemoveChannels(Pass):
     Attributes:
         ratio: Fraction of the indices of channel and hidden groups to remove, of the width before the pass.
         criterion: How a slice is scored: a key of `criteria.CRITERIA`. ``hessian`` and Taylor need calibration.
-        scope: ``local`` (every group loses the same fraction) or ``global`` (all indices compete).
+        scope: ``local`` (every group loses the same fraction), ``global`` (all indices compete) or ``isomorphic`` (the
+            indices of groups that run through the same operators compete, arXiv 2407.04616).
         reduction: How the members of a group are combined.
         normaliser: How a group's scores are scaled before they compete. ``mean`` for a global scope compares indices
             relative to their group; ``none`` compares them as they are.
@@ -177,7 +179,8 @@ class RemoveChannels(Pass):
         if self.scope == "local":
             wanted = local_widths(groups, ratios, initial)
         else:
-            wanted = global_widths(groups, scores, ratios, initial, Limits(self.max_ratio, self.min_width))
+            classes = isomorphism_classes(graph, groups) if self.scope == "isomorphic" else None
+            wanted = global_widths(groups, scores, ratios, initial, Limits(self.max_ratio, self.min_width), classes)
         keep = {}
         for g in groups:
             # Alignment is about the widths of matrices; the number of heads is a batch dimension.
