@@ -11,6 +11,10 @@ from torch import Tensor
 
 from ..graph.groups import CouplingGroup
 
+# How a width that constraints do not allow is rounded: to the nearest that they do; so that no more goes than was asked
+# for; or so that no less goes.
+ROUNDINGS = ("nearest", "floor-removed", "floor-kept")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -20,24 +24,32 @@ class Limits:
         max_ratio: At most this fraction of a group's initial indices goes.
         min_width: At least this many indices stay.
         round_to: Kept widths are multiples of this where the group's own constraints allow it.
+        rounding: One of `ROUNDINGS`.
     """
 
     max_ratio: float = 1.0
     min_width: int = 1
     round_to: int = 1
+    rounding: str = "nearest"
 
 
 def legal_width(group: CouplingGroup, wanted: float, initial: int, limits: Limits) -> int:
-    """Return the kept width nearest to ``wanted`` that the group and the limits allow.
+    """Return the kept width for ``wanted`` that the group and the limits allow.
 
     Legal widths are ``group.size`` minus a multiple of ``group.step``, not below the floor. Among those, multiples of
-    ``round_to`` are preferred; where there is none, the group stays as wide as the nearest legal width.
+    ``round_to`` are preferred; where there is none, the group stays as wide as it is. Of what is left, ``rounding``
+    chooses the nearest, the narrowest that is not below the whole part of ``wanted``, or the widest not above it.
     """
     floor = least_width(group, initial, limits)
     widths = [w for w in range(group.size, floor - 1, -group.step)]
-    aligned = [w for w in widths if w % limits.round_to == 0]
     # A group that would have to stay whole for alignment's sake may still do so: its own width is always legal.
-    return min(aligned or [group.size], key=lambda w: (abs(w - wanted), -w))
+    legal = [w for w in widths if w % limits.round_to == 0] or [group.size]
+    if limits.rounding == "nearest":
+        return min(legal, key=lambda w: (abs(w - wanted), -w))
+    whole = int(wanted + 1e-9)
+    if limits.rounding == "floor-removed":
+        return min((w for w in legal if w >= whole), default=max(legal))
+    return max((w for w in legal if w <= whole), default=min(legal))
 
 
 def least_width(group: CouplingGroup, initial: int, limits: Limits) -> int:

@@ -26,7 +26,7 @@ from ..graph.resize import RemovalRecord, reconcile, resize
 from .base import Context, Pass, PassResult, Skipped
 from .criteria import CRITERIA
 from .importance import NotScoredError, importance, scoring_of
-from .ranking import Limits, global_widths, legal_width, local_widths, select
+from .ranking import ROUNDINGS, Limits, global_widths, legal_width, local_widths, select
 from .reductions import NORMALISERS, REDUCTIONS
 
 SCOPES = ("local", "global", "isomorphic")
@@ -81,6 +81,8 @@ class RemoveChannels(Pass):
         max_ratio: No group loses more than this fraction.
         min_width: No group gets narrower than this.
         round_to: Keep widths a multiple of this.
+        rounding: Where constraints do not allow a width: the ``nearest`` that they do, ``floor-removed`` (no more goes than
+            was asked for) or ``floor-kept`` (no less goes).
         steps: Remove in this many steps, with new scores before each; the ratio grows linearly.
         include_bias: Score biases too.
         seed: For the criterion ``random``.
@@ -102,6 +104,7 @@ class RemoveChannels(Pass):
     max_ratio: float = 1.0
     min_width: int = 1
     round_to: int = 1
+    rounding: str = "nearest"
     steps: int = 1
     include_bias: bool = False
     seed: int = 0
@@ -117,6 +120,7 @@ class RemoveChannels(Pass):
             ("reduction", REDUCTIONS),
             ("normaliser", NORMALISERS),
             ("scope", SCOPES),
+            ("rounding", ROUNDINGS),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -185,7 +189,9 @@ class RemoveChannels(Pass):
         for g in groups:
             # Alignment is about the widths of matrices; the number of heads is a batch dimension.
             align = 1 if g.kind in HEAD_KINDS else self.round_to
-            width = legal_width(g, wanted[g.name], initial[g.name], Limits(self.max_ratio, self.min_width, align))
+            width = legal_width(
+                g, wanted[g.name], initial[g.name], Limits(self.max_ratio, self.min_width, align, self.rounding)
+            )
             if width < g.size:
                 keep[g.name] = select(g, scores[g.name], width)
         keep, dropped = reconcile(graph, keep)

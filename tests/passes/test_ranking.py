@@ -11,7 +11,7 @@ from torch import nn
 from graphwright.frontends.capture import capture
 from graphwright.graph.depgraph import depgraph
 from graphwright.graph.groups import CouplingGroup
-from graphwright.passes.ranking import Limits, global_widths, legal_width, local_widths, select
+from graphwright.passes.ranking import ROUNDINGS, Limits, global_widths, legal_width, local_widths, select
 
 
 def group(size: int, name: str = "a:channel", step: int = 1, blocks: int = 1) -> CouplingGroup:
@@ -62,6 +62,25 @@ def test_legal_widths_respect_every_limit_and_are_never_zero(
 )
 def test_round_to_keeps_the_nearest_multiple(size: int, wanted: float, round_to: int, kept: int) -> None:
     assert legal_width(group(size), wanted, size, Limits(round_to=round_to)) == kept
+
+
+@pytest.mark.parametrize(
+    ("size", "step", "ratio", "nearest", "floor_removed", "floor_kept"),
+    [
+        (128, 32, 0.3, 96, 96, 64),
+        (256, 32, 0.3, 192, 192, 160),
+        (512, 32, 0.3, 352, 384, 352),  # whole numbers of channels of each group of a norm
+        (256, 1, 0.3, 179, 179, 179),
+        (512, 1, 0.3, 358, 358, 358),
+        (128, 32, 0.2, 96, 128, 96),
+    ],
+)
+def test_what_a_norm_does_not_allow_is_rounded_as_asked(
+    size: int, step: int, ratio: float, nearest: int, floor_removed: int, floor_kept: int
+) -> None:
+    wanted = size * (1 - ratio)
+    got = [legal_width(group(size, step=step), wanted, size, Limits(rounding=rounding)) for rounding in ROUNDINGS]
+    assert got == [nearest, floor_removed, floor_kept]
 
 
 def test_max_ratio_is_measured_on_the_initial_width() -> None:
