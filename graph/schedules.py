@@ -135,6 +135,27 @@ def masked(mask: str | Sequence[bool | int]) -> Listed:
     return at([i for i, c in enumerate(signs) if c == "1"], len(signs))
 
 
+def alternating(evaluations: int, per_step: int = 1, shifted: bool = True) -> tuple[int, ...]:
+    """Return which evaluations of a run may reuse what the full evaluation right before them kept: every second one.
+
+    Args:
+        evaluations: Of a run; any number.
+        per_step: Evaluations that the solver makes a step, 1 or 2.
+        shifted: For two a step: the first of a step is cheap, the one within it and the very first are full. A solver
+            of second order takes the difference of a step's two evaluations, which a kept one within it would spoil.
+            False makes the one within the step cheap, to compare.
+
+    Raises:
+        PreconditionError: There is no evaluation, or the solver makes more than two a step.
+    """
+    if evaluations < 1 or per_step not in (1, 2):
+        raise PreconditionError(
+            "alternating evaluations need a run of 1 or more and a solver that makes 1 or 2 a step, got "
+            f"{evaluations} and {per_step}; list the cheap evaluations yourself"
+        )
+    return tuple(range(2 if per_step == 2 and shifted else 1, evaluations, 2))
+
+
 def centred(evaluations: int, interval: int, center: float, power: float, mode: str = "paper") -> Listed:
     """Return the non-uniform 1:N schedule of DeepCache: full evaluations are denser around ``center``.
 

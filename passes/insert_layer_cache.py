@@ -10,6 +10,7 @@ kind at every evaluation but each N-th, as in FORA (arXiv 2407.01425).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +35,8 @@ class InsertLayerCache(Pass):
             full evaluation, and so must be the first. Given, it fixes the number of evaluations.
         interval_steps: Without ``reuse``: a full evaluation every so many steps.
         kinds: Without ``reuse``: the kinds of branches that all other evaluations take.
+        expected: With ``reuse``: the kinds of all branches of the model that the list was made for; a model with
+            others is refused. Empty for any.
         timestep: Name of the input that holds the time.
     """
 
@@ -42,6 +45,7 @@ class InsertLayerCache(Pass):
     reuse: tuple[tuple[int, ...], ...] = ()
     interval_steps: int = 2
     kinds: tuple[str, ...] = KINDS
+    expected: tuple[str, ...] = ()
     timestep: str = "timestep"
 
     def requires(self, program: Program) -> None:
@@ -56,6 +60,8 @@ class InsertLayerCache(Pass):
             raise PreconditionError(
                 f"{self.name} has no branch {beyond[0]}: {program.name} has {len(joins)}, numbered from 0 to {len(joins) - 1}"
             )
+        if self.expected:
+            require_kinds(self.name, self.expected, program)
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise PreconditionError(f"{self.name} knows no branches of kind {unknown[0]!r}; known: {', '.join(KINDS)}")
         require_timestep(self.name, program, self.timestep)
@@ -64,10 +70,10 @@ class InsertLayerCache(Pass):
         joins = residual_joins(program)
         patterns, schedule = self._patterns(joins)
         inputs, name, full = program.inputs, program.name, cost(program).total_macs
-        cuts = {_register(i): join.branch for i, join in enumerate(joins)}
-        registers = {stage: [_register(i) for i in numbers] for stage, numbers in patterns.items()}
+        cuts = {branch_register(i): join.branch for i, join in enumerate(joins)}
+        registers = {stage: [branch_register(i) for i in numbers] for stage, numbers in patterns.items()}
         stages = cut_stages(program, self.name, cuts, registers)
-        notes = tuple(f"{_register(i)} is the {join.kind} of {join.module}" for i, join in enumerate(joins))
+        notes = tuple(f"{branch_register(i)} is the {join.kind} of {join.module}" for i, join in enumerate(joins))
         plan = Plan(stages, schedule, inputs, self.timestep, name, notes)
         stats: dict[str, float] = {"branches": len(joins), "patterns": len(patterns), "macs_refresh": full}
         stats |= {f"macs_{stage}": cost(stages[stage].program).total_macs for stage in patterns}
@@ -84,5 +90,21 @@ class InsertLayerCache(Pass):
         return {stage[p]: p for p in distinct}, Listed(tuple(stage[p] for p in wanted))
 
 
-def _register(number: int) -> str:
+def branch_register(number: int) -> str:
+    """Return the name of the register that keeps a branch."""
     return f"cached_branch_{number}"
+
+
+def require_kinds(rule: str, expected: Sequence[str], program: Program) -> None:
+    """Raise `PreconditionError` unless the program's branches are of these kinds, in this order."""
+    found = [join.kind for join in residual_joins(program)]
+    if len(found) != len(expected):
+        raise PreconditionError(
+            f"{rule} has a list for {len(expected)} branches, and {program.name} has {len(found)}; make the list for this model"
+        )
+    if different := [i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b]:
+        i = different[0]
+        raise PreconditionError(
+            f"{rule} has a list in which branch {i} is of kind {expected[i]}, and in {program.name} it is of kind "
+            f"{found[i]}; make the list for this model"
+        )
