@@ -30,7 +30,7 @@ FOLDER = Path(__file__).resolve().parent
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # Names that `load_builtin` knows; on a command line they are written ``builtin:NAME``.
-BUILTIN: tuple[str, ...] = ("digits-ddpm", "digits-classifier")
+BUILTIN: tuple[str, ...] = ("digits-ddpm", "digits-dit", "digits-classifier")
 
 HELD_OUT_FRACTION = 0.2
 SPLIT_SEED = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import json
 
 import pytest
@@ -26,29 +27,44 @@ def test_loads_in_eval_mode_and_runs_on_its_example(name):
     with torch.no_grad():
         output = module(*args, **kwargs)
     output = output[0] if isinstance(output, tuple) else output
-    assert output.shape == ((2, 1, 8, 8) if name == "digits-ddpm" else (2, 10))
+    assert output.shape == ((2, 10) if name == "digits-classifier" else (2, 1, 8, 8))
     assert output.isfinite().all()
 
 
-def test_denoiser_example_is_what_an_exporter_needs():
-    _, (sample, timestep), kwargs = load_builtin("builtin:digits-ddpm")
+@pytest.mark.parametrize("name", ["digits-ddpm", "digits-dit"])
+def test_denoiser_example_is_what_an_exporter_needs(name):
+    _, (sample, timestep, *labels), kwargs = load_builtin(f"builtin:{name}")
     assert sample.shape == (2, 1, 8, 8) and sample.dtype == torch.float32
     assert timestep.shape == (2,) and timestep.dtype == torch.int64
+    assert [(label.shape, label.dtype) for label in labels] == [((2,), torch.int64)] * (name == "digits-dit")
     assert kwargs == {"return_dict": False}
 
 
-def test_diffusers_itself_builds_the_denoiser_from_the_folder():
-    from diffusers.models.unets.unet_2d import UNet2DModel
+def test_transformer_minds_its_labels_and_takes_ten_for_none():
+    module, (sample, timestep, _), kwargs = load_builtin("digits-dit")
+    three, eight, none = (torch.full((2,), label) for label in (3, 8, 10))
+    with torch.no_grad():
+        found = [module(sample, timestep, labels, **kwargs)[0] for labels in (three, eight, none, three)]
+    assert torch.equal(found[0], found[3])
+    assert all((a - b).abs().max() > 0.01 for a, b in itertools.combinations(found[:3], 2))
+    with pytest.raises(IndexError):  # ten classes and the one that is none
+        module(sample, timestep, none + 1, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["digits-ddpm", "digits-dit"])
+def test_diffusers_itself_builds_the_denoiser_from_the_folder(name):
+    import diffusers
     from safetensors.torch import load_file
 
-    folder = builtin_folder("digits-ddpm")
-    module = UNet2DModel.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    assert isinstance(module, UNet2DModel)
+    folder = builtin_folder(name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    module = getattr(diffusers, config["_class_name"]).from_config(config)
     weights = load_file(folder / "model.safetensors")
     module.load_state_dict(weights, strict=True)
-    shipped, _, _ = load_builtin("digits-ddpm")
-    for name, tensor in shipped.state_dict().items():
-        assert torch.equal(tensor, weights[name]), name
+    shipped, _, _ = load_builtin(name)
+    assert type(shipped) is type(module)
+    for key, tensor in shipped.state_dict().items():
+        assert torch.equal(tensor, weights[key]), key
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -99,7 +115,10 @@ def test_split_is_fixed_disjoint_and_in_range():
     assert all(torch.equal(a, b) for a, b in zip((train, held_out), digits_images(), strict=True))
 
 
-@pytest.mark.parametrize(("name", "near"), [("digit-ddpm", "digits-ddpm"), ("digits-clasifier", "digits-classifier")])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("digit-ddpm", "digits-ddpm"), ("digits-clasifier", "digits-classifier"), ("digits-dti", "digits-dit")],
+)
 def test_unknown_name_is_told_the_nearest(name, near):
     with pytest.raises(ValueError) as error:
         load_builtin(f"builtin:{name}")
@@ -107,13 +126,17 @@ def test_unknown_name_is_told_the_nearest(name, near):
 
 
 def test_a_name_like_no_other_gets_no_guess():
-    with pytest.raises(ValueError, match="known: digits-classifier, digits-ddpm$"):
+    with pytest.raises(ValueError, match="known: digits-classifier, digits-ddpm, digits-dit$"):
         load_builtin("qqq")
 
 
 @pytest.mark.parametrize(
     ("missing", "call", "extra"),
-    [("sklearn", digits_images, "digits"), ("diffusers", lambda: load_builtin("digits-ddpm"), "hf")],
+    [
+        ("sklearn", digits_images, "digits"),
+        ("diffusers", lambda: load_builtin("digits-ddpm"), "hf"),
+        ("diffusers", lambda: load_builtin("digits-dit"), "hf"),
+    ],
 )
 def test_missing_library_names_the_extra_to_install(monkeypatch, missing, call, extra):
     real = builtins.__import__

@@ -71,7 +71,7 @@ def test_builtin_comes_with_its_own_inputs(name: str) -> None:
 
 def test_unknown_builtin_names_the_known_ones() -> None:
     with pytest.raises(LoadError, match="digits-ddpm"):
-        load_model("builtin:digits")
+        load_model("builtin:digits-dpm")
 
 
 # ---------------------------------------------------------------------- directories

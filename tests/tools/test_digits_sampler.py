@@ -44,7 +44,7 @@ def test_sampling_refuses_what_makes_no_sense():
         sample_digits(lambda sample, timestep: sample[:, 0], 1, steps=1)
 
 
-@pytest.mark.parametrize("name", ["digits-ddpm"])
+@pytest.mark.parametrize("name", ["digits-ddpm", "digits-dit"])
 def test_schedule_is_the_shipped_one(name):
     path = builtin_folder(name) / "scheduler_config.json"
     shipped = json.loads(path.read_text(encoding="utf-8"))
