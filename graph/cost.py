@@ -76,7 +76,7 @@ def cost(program: Program) -> Cost:
         macs = count(node) if count else 0
         size = 0 if _is_view(node) else _bytes(node.meta.get("val"))
         if macs or size:
-            product = macs > 0 and not any(n in weights for n in node.all_input_nodes)
+            product = macs > 0 and not any(n in weights for n in _factors(node))
             found.append(NodeCost(node.name, module_path(node)[0], str(node.target), macs, product, size))
     return Cost(
         sum(n.macs for n in found if not n.product),
@@ -86,6 +86,18 @@ def cost(program: Program) -> Cost:
         sum(n.bytes for n in found),
         tuple(found),
     )
+
+
+def _factors(node: Node) -> list[Node]:
+    """Return the operands that are multiplied: not a mask or a bias that is added, which may be constant."""
+    name = base_name(node)
+    if name == "scaled_dot_product_attention":
+        chosen = node.args[:3]
+    elif name in ("addmm", "baddbmm", "addbmm"):
+        chosen = node.args[1:3]
+    else:
+        return node.all_input_nodes
+    return [n for n in chosen if isinstance(n, Node)]
 
 
 def example_shape(value: Tensor) -> list[int]:

@@ -158,6 +158,16 @@ def test_an_attention_block_counts_its_two_products_beside_the_projections() -> 
             a = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
             return self.o(a.transpose(1, 2).flatten(2))
 
+    class Masked(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+            mask = torch.ones(
+                1, 1, tokens, tokens, dtype=torch.bool
+            ).tril()  # a constant, but nothing is multiplied by it
+            return self.o(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    masked = cost(capture(Masked().eval(), (torch.ones(1, tokens, width),), dynamic={}))
+    assert (masked.macs, masked.product_macs) == (4 * tokens * width * width, 2 * tokens * tokens * width)
     model, x = Block().eval(), torch.ones(1, tokens, width)
     found = cost(capture(model, (x,), dynamic={}))
     assert found.macs == 4 * tokens * width * width
