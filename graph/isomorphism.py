@@ -6,6 +6,7 @@ the task (Isomorphic Pruning, arXiv 2407.04616).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import networkx as nx
@@ -71,13 +72,20 @@ def isomorphism_classes(graph: DepGraph, groups: Iterable[CouplingGroup] | None 
     graphs = group_graphs(graph, groups)
     classes: dict[str, str] = {}
     for name, found in graphs.items():
-        digest = nx.weisfeiler_lehman_graph_hash(found, node_attr=keys.LABEL, iterations=_ROUNDS)
+        digest = _digest(found)
         alike = known.setdefault(digest, [])
         first = next((n for n in alike if DiGraphMatcher(graphs[n], found, node_match=match).is_isomorphic()), None)
         if first is None:
             alike.append(name)
         classes[name] = first or name
     return classes
+
+
+def _digest(graph: nx.DiGraph) -> str:
+    with warnings.catch_warnings():
+        # That other releases give other hashes does not matter: they are compared within one call.
+        warnings.filterwarnings("ignore", "The hashes produced for directed graphs", UserWarning)
+        return nx.weisfeiler_lehman_graph_hash(graph, node_attr=keys.LABEL, iterations=_ROUNDS)
 
 
 def _carried(graph: DepGraph, node: Node, names: dict[Axis, str]) -> set[Axis]:

@@ -1,0 +1,232 @@
+"""Published pruned networks: how to build them, the settings they were pruned with, and the printed sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...frontends.capture import capture
+from ...graph.program import Program
+from .cache_models import DDPM_CIFAR, DDPM_LSUN, unconditional
+
+DIFF, ISOMORPHIC, DEPGRAPH = "arXiv 2305.10924", "arXiv 2407.04616", "arXiv 2301.12900, its repository"
+CELEBA: dict[str, Any] = DDPM_CIFAR | {
+    "sample_size": 64,
+    "block_out_channels": (128, 256, 256, 256, 512),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One published pruned network.
+
+    Attributes:
+        name: As published.
+        options: Of `RemoveChannels`; None is the network as it is.
+        parameters: As printed, in millions; empty if not printed.
+        macs: As printed, in 10^9; empty if not printed.
+        note: Why it cannot be equal.
+    """
+
+    name: str
+    options: Mapping[str, Any] | None
+    parameters: str = ""
+    macs: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what is published of it.
+
+    Attributes:
+        source: Paper.
+        name: Of the network.
+        build: Makes it.
+        shape: Of its input.
+        settings: What is published.
+        timestep: Whether it is a denoiser.
+        products: Whether the published counts have attention products in them.
+    """
+
+    source: str
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    settings: tuple[Setting, ...]
+    timestep: bool = False
+    products: bool = True
+
+    def program(self) -> Program:
+        """Return the network captured on the meta device."""
+        with torch.device("meta"):
+            model = self.build().eval()
+        inputs = [torch.empty(self.shape, device="meta")]
+        if self.timestep:
+            inputs.append(torch.empty(1, device="meta"))
+        return capture(model, tuple(inputs), dynamic={})
+
+
+def _of_library(kind: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        return getattr(transformers, kind)(getattr(transformers, config)(num_labels=1000, **options))
+
+    return build
+
+
+def _deit(width: int) -> Callable[[], nn.Module]:
+    sizes = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
+    return _of_library("DeiTForImageClassificationWithTeacher", "DeiTConfig", **sizes)
+
+
+def _diff(ratio: float) -> dict[str, Any]:
+    return {"ratio": ratio, "head_dim_ratio": ratio, "rounding": "floor-removed"}
+
+
+def _isomorphic(ratio: float, heads: float = 0.0, head_dims: float = 0.0) -> dict[str, Any]:
+    return {
+        "ratio": ratio,
+        "head_ratio": heads,
+        "head_dim_ratio": head_dims,
+        "round_to": 2,
+        "rounding": "floor-kept",
+        "scope": "isomorphic",
+        "normaliser": "none",
+    }
+
+
+BY_SCORES = "real scores move channels between the stages of a class"
+IMAGE = (1, 3, 224, 224)
+NETWORKS: tuple[Network, ...] = (
+    Network(
+        DIFF,
+        "DDPM CIFAR-10",
+        lambda: unconditional(DDPM_CIFAR),
+        (1, 3, 32, 32),
+        (
+            Setting("dense", None, "35.7", "6.1"),
+            Setting("0.2", _diff(0.2), "27.50", "5.11"),
+            Setting("0.3", _diff(0.3), "19.8", "3.4", "the paper cuts 19.851 to 19.8"),
+            Setting("0.4", _diff(0.4), "14.32", "2.74"),
+            Setting("0.6", _diff(0.6), "8.59", "1.49"),
+        ),
+        True,
+        False,
+    ),
+    Network(
+        DIFF,
+        "DDPM CelebA-HQ 64",
+        lambda: unconditional(CELEBA),
+        (1, 3, 64, 64),
+        (Setting("dense", None, "78.7", "23.9"), Setting("0.3", _diff(0.3), "43.7", "13.3")),
+        True,
+        False,
+    ),
+    Network(
+        DIFF,
+        "DDPM LSUN 256",
+        lambda: unconditional(DDPM_LSUN),
+        (1, 3, 256, 256),
+        (
+            Setting("dense", None, "113.7", "248.7"),
+            Setting(
+                "0.3",
+                _diff(0.3),
+                "46.5",
+                "138.8",
+                "the parameters are printed with 100.7 G, which is another ratio; the MACs are those that arXiv 2312.00858 "
+                "gives for the same network",
+            ),
+        ),
+        True,
+        False,
+    ),
+    Network(
+        ISOMORPHIC,
+        "DeiT-B distilled",
+        _deit(768),
+        IMAGE,
+        (
+            Setting("dense", None, "87.34", "17.69"),
+            Setting("4.2G", _isomorphic(0.5, 0.5, 0.25), "20.69", "4.16"),
+            Setting("2.6G", _isomorphic(0.6, 0.6, 0.3), "13.07", "2.62"),
+        ),
+    ),
+    Network(
+        ISOMORPHIC,
+        "DeiT-S distilled",
+        _deit(384),
+        IMAGE,
+        (Setting("dense", None, "22.44", "4.64"), Setting("1.2G", _isomorphic(0.5, 0.5, 0.1), "5.74", "1.21")),
+    ),
+    Network(
+        ISOMORPHIC,
+        "DeiT-T distilled",
+        _deit(192),
+        IMAGE,
+        (Setting("dense", None, "5.91", "1.27"), Setting("0.6G", _isomorphic(0.25, 0.3, 0.3), "3.08", "0.62")),
+    ),
+    Network(
+        ISOMORPHIC,
+        "ConvNeXt-B",
+        _of_library(
+            "ConvNextForImageClassification",
+            "ConvNextConfig",
+            depths=[3, 3, 27, 3],
+            hidden_sizes=[128, 256, 512, 1024],
+        ),
+        IMAGE,
+        (Setting("8.5G", _isomorphic(0.26), "47.36", "8.48", BY_SCORES),),
+    ),
+    *(
+        Network(
+            ISOMORPHIC,
+            f"ResNet-{name}",
+            _of_library("ResNetForImageClassification", "ResNetConfig", depths=depths),
+            IMAGE,
+            (Setting("dense", None, dense[0], dense[1]), *pruned),
+        )
+        for name, depths, dense, pruned in (
+            (50, [3, 4, 6, 3], ("25.56", "4.13"), (Setting("2.0G", _isomorphic(0.26), "15.05", "2.06", BY_SCORES),)),
+            (
+                101,
+                [3, 4, 23, 3],
+                ("44.55", "7.85"),
+                (
+                    Setting("4.5G", _isomorphic(0.22), "29.14", "4.48", BY_SCORES),
+                    Setting("3.8G", _isomorphic(0.28), "24.87", "3.85", BY_SCORES),
+                ),
+            ),
+        )
+    ),
+    Network(
+        DEPGRAPH,
+        "ViT-B/16",
+        _of_library("ViTForImageClassification", "ViTConfig"),
+        IMAGE,
+        (
+            Setting("dense", None, "86.57", "17.59"),
+            Setting("uniform 0.5", {"ratio": 0.5, "head_dim_ratio": 0.5}, "22.05", "4.61"),
+        ),
+    ),
+    Network(
+        DEPGRAPH,
+        "ResNet-50",
+        _of_library("ResNetForImageClassification", "ResNetConfig", depths=[3, 4, 6, 3]),
+        IMAGE,
+        (
+            Setting("dense", None, "25.56", "4.12"),
+            Setting(
+                "uniform 0.5", {"ratio": 0.5}, "6.41", "1.07", "the published network also lost half of its classes"
+            ),
+        ),
+    ),
+)
