@@ -4,8 +4,8 @@
 
 Every network is built on the meta device and pruned at the published ratios. Scores are random: which channels go does
 not matter, how many does. Where ranking is global inside a class the counts depend on the scores; those rows say so, and
-give the range over seeds. Published multiply-accumulates also count biases and some elementwise layers, so they are
-compared as a ratio.
+give the range over seeds. Published multiply-accumulates are counted otherwise (biases, some elementwise
+layers), so the ratio says more than equality.
 """
 
 from __future__ import annotations
