@@ -16,7 +16,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from ..graph.errors import PreconditionError
@@ -50,6 +50,11 @@ class GatedProgram:
     full: Program
     gated: Program
     kinds: tuple[str, ...]
+
+    @property
+    def open_gates(self) -> Tensor:
+        """Gates of 1 for all branches, ``[branches]``, as `gated` takes them."""
+        return self.gated.example[-1].clone()
 
 
 def gated_program(program: Program) -> GatedProgram:

@@ -27,6 +27,7 @@ _WHERE = {
     "InputError": "graph.errors",
     "InsertFeatureCache": "passes.insert_feature_cache",
     "InsertLayerCache": "passes.insert_layer_cache",
+    "LayerRouter": "passes.layer_router",
     "LoadError": "graph.errors",
     "OnnxRunner": "backends.onnx_runner",
     "Pass": "passes.base",
@@ -53,6 +54,7 @@ _WHERE = {
     "export_onnx": "backends.onnx_export",
     "export_torchscript": "backends.torchscript",
     "group_lasso_gradients": "passes.sparse_training",
+    "import_router": "passes.router_files",
     "layer_groups": "graph.layers",
     "load": "frontends.artifact",
     "load_onnx_plan": "backends.onnx_export",
@@ -65,6 +67,7 @@ _WHERE = {
     "save_plan": "graph.serialize",
     "save_program": "graph.serialize",
     "skip_joins": "graph.joins",
+    "train_layer_router": "passes.train_layer_router",
     "unregister_rule": "graph.rules",
     "verify": "graph.verify",
     "write_back": "frontends.write_back",
@@ -120,9 +123,12 @@ if TYPE_CHECKING:
     from .passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from .passes.insert_feature_cache import InsertFeatureCache as InsertFeatureCache
     from .passes.insert_layer_cache import InsertLayerCache as InsertLayerCache
+    from .passes.layer_router import LayerRouter as LayerRouter
     from .passes.remove_channels import RemoveChannels as RemoveChannels
     from .passes.remove_dropout import RemoveDropout as RemoveDropout
+    from .passes.router_files import import_router as import_router
     from .passes.sparse_training import group_lasso_gradients as group_lasso_gradients
+    from .passes.train_layer_router import train_layer_router as train_layer_router
     from .tools.pipelines import apply_deepcache as apply_deepcache
     from .tools.pipelines import apply_layer_cache as apply_layer_cache
     from .tools.pipelines import apply_plan as apply_plan
