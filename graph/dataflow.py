@@ -60,9 +60,9 @@ class Dataflow:
         """
         return self._reached([node for node in self.reads if self.is_seen(node)], cut)
 
-    def sources(self, node: Node) -> set[Node]:
-        """Return ``node`` and all that it depends on."""
-        return self._reached([node], ())
+    def sources(self, node: Node, cut: Collection[Node] = ()) -> set[Node]:
+        """Return ``node`` and all that it depends on, other than through nodes of ``cut``."""
+        return self._reached([node], cut)
 
     def is_seen(self, node: Node) -> bool:
         """Whether a node does something besides giving its result, or is the output."""

@@ -61,7 +61,8 @@ def skip_joins(program: Program) -> tuple[SkipJoin, ...]:
     A concatenation joins a skip connection if the heavy ancestors of one operand are all of those of the others and
     more: what the main path computes beyond the skip is what a reuse step leaves out. That the skip is itself an
     ancestor of the main path is not asked for: residuals of a ControlNet are added to it. Only layers that the sample
-    goes through count, so that a map of times or classes is no skip.
+    goes through count, so that a map of times or classes is no skip. A skip that has layers of its own, or that is
+    weighed by the main path, is none either.
 
     The skip connections of a U lie one within the other. Concatenations that are not part of the longest such nest
     (of dense blocks, of small U-shapes inside of one level, of another U before) are none of its skip connections.
@@ -71,11 +72,12 @@ def skip_joins(program: Program) -> tuple[SkipJoin, ...]:
     """
     flow, samples = dataflow(program), set(_samples(program))
     carries = flow.ancestors(lambda node: int(node in samples))
-    names = {n.node for n in cost(program).nodes if n.macs}
-    heavy = [node for node in flow.order if node.name in names and carries[node]]
-    number = {node: 1 << i for i, node in enumerate(heavy)}
+    names = {n.node: n.macs for n in cost(program).nodes if n.macs}
+    macs = {node: names[node.name] for node in flow.order if node.name in names and carries[node]}
+    number = {node: 1 << i for i, node in enumerate(macs)}
     above = flow.ancestors(lambda node: number.get(node, 0))
-    nest = _longest_nest(list(_candidates(flow, above)), flow)
+    found = [join for join in _candidates(flow, above) if not _is_gate(join, flow, macs)]
+    nest = _longest_nest(found, flow)
     cuts = _Cuts(flow, number, above)
     return tuple(
         SkipJoin(i, join.node, join.main, join.skip, cuts.of(join), module_path(join.node)[0])
@@ -118,6 +120,21 @@ def _candidates(flow: Dataflow, above: dict[Node, int]) -> Iterator[_Candidate]:
         main, most = tensors[-1], above[tensors[-1]]
         if all(not above[n] & ~most and above[n] != most for n in skips):
             yield _Candidate(node, main, skips[-1], most, above[skips[-1]])
+
+
+def _is_gate(join: _Candidate, flow: Dataflow, macs: dict[Node, int]) -> bool:
+    """Whether ``main`` is a skip connection that the decoder's main path, here ``skip``, weighs (an attention gate).
+
+    Then the operand with fewer layers above is the main one: without it more is left to do than without the other, and
+    what lies above it reaches the other on another way too.
+    """
+    if join.skip not in flow.sources(join.main):
+        return False
+    around = flow.sources(join.main, {join.skip})
+    if not any(n in around for n in flow.sources(join.skip) if n in macs):
+        return False
+    without_main, without_skip = (flow.live({n}) for n in (join.main, join.skip))
+    return sum(macs[n] for n in macs if n in without_main) > sum(macs[n] for n in macs if n in without_skip)
 
 
 def _longest_nest(candidates: list[_Candidate], flow: Dataflow) -> list[_Candidate]:

@@ -66,7 +66,7 @@ def block_taps(prefix: str, count: int, *parts: str | tuple[str, int | slice | N
 
 
 def from_zoo(name: str, taps: Sequence[Tap], kinds: str) -> Layout:
-    entry = ZOO[name].build()
+    entry: Any = ZOO[name].build()
     second = entry.second[1]
 
     def inputs(b: int) -> Inputs:
@@ -254,7 +254,7 @@ class UViT(nn.Module):
 
     def __init__(self, width: int = 12, depth: int = 5) -> None:
         super().__init__()
-        self.patch, self.time, self.half = nn.Conv2d(LATENT, width, 2, 2), nn.Linear(1, width), depth // 2
+        self.patch, self.time, self.middle = nn.Conv2d(LATENT, width, 2, 2), nn.Linear(1, width), depth // 2
         self.blocks = nn.ModuleList(UViTBlock(width, i > depth // 2) for i in range(depth))
         self.out = nn.ConvTranspose2d(width, LATENT, 2, 2)
 
@@ -262,8 +262,8 @@ class UViT(nn.Module):
         x = self.patch(hidden_states).flatten(2).transpose(1, 2)
         x, kept = torch.cat([self.time(timestep[:, None, None] / 1000), x], 1), list[Tensor]()
         for i, block in enumerate(self.blocks):
-            x = block(x, kept.pop()) if i > self.half else block(x)
-            if i < self.half:
+            x = block(x, kept.pop()) if i > self.middle else block(x)
+            if i < self.middle:
                 kept.append(x)
         side = hidden_states.shape[-1] // 2
         return self.out(x[:, 1:].transpose(1, 2).unflatten(2, (side, side)))

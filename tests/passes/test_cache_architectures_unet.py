@@ -143,8 +143,8 @@ def residuals(b: int) -> Inputs:
     }
 
 
-def from_zoo(name: str, skips: Callable[[Any], int], decoder: Callable[[str], bool] | None = None) -> Layout:
-    entry = ZOO[name].build()
+def from_zoo(name: str) -> Layout:
+    entry: Any = ZOO[name].build()
     second = entry.second[1]
 
     def inputs(b: int) -> Inputs:
@@ -156,8 +156,7 @@ def from_zoo(name: str, skips: Callable[[Any], int], decoder: Callable[[str], bo
             )
         return second
 
-    more = {} if decoder is None else {"decoder": decoder}
-    return Layout(entry.model, inputs, skips(entry.model.config), dynamic=entry.dynamic, **more)
+    return Layout(entry.model, inputs, skips_of(entry.model.config), dynamic=entry.dynamic)
 
 
 class UViT(nn.Module):
@@ -279,10 +278,10 @@ LAYOUTS: Mapping[str, Callable[[], Layout]] = {
     "sd21": lambda: conditional(layers_per_block=1, use_linear_projection=True, attention_head_dim=(1, 1, 2, 2)),
     "sdxl": xl,
     "sd15_controlnet": lambda: conditional((8, 8, 16), extra=residuals),
-    "svd": lambda: from_zoo("unet_spatio_temporal", skips_of),
-    "unet3d": lambda: from_zoo("unet3d", skips_of),
-    "audioldm2": lambda: from_zoo("unet_audioldm2", skips_of),
-    "kandinsky22": lambda: from_zoo("unet_kandinsky22", skips_of),
+    "svd": lambda: from_zoo("unet_spatio_temporal"),
+    "unet3d": lambda: from_zoo("unet3d"),
+    "audioldm2": lambda: from_zoo("unet_audioldm2"),
+    "kandinsky22": lambda: from_zoo("unet_kandinsky22"),
     "ldm4g": lambda: conditional((8, 16, 24), 1, dynamic={}),
     "bk_sdm_without_middle": lambda: conditional(
         (8, 16),
@@ -380,7 +379,9 @@ def layout(request) -> Layout:
 @pytest.fixture(scope="module")
 def plans(layout: Layout) -> list[Any]:
     """The plan of every branch, with its statistics."""
-    results = [InsertFeatureCache(branch=i).rewrite(layout.program.copy(), Context()) for i in range(layout.skips)]
+    results: list[Any] = [
+        InsertFeatureCache(branch=i).rewrite(layout.program.copy(), Context()) for i in range(layout.skips)
+    ]
     results[layout.skips // 2].output.check()  # of one branch, as it takes longer than all the rest
     return [(r.output.stages["refresh"].program, r.output.stages["reuse"].program, r.stats) for r in results]
 
@@ -506,7 +507,7 @@ def test_another_height_and_width(conditioned: bool) -> None:
     else:
         layout = unconditional(16, (8, 16), 1, sizes)
     for branch in (0, layout.skips - 1):
-        stages = InsertFeatureCache(branch=branch)(layout.program.copy()).output.stages
+        stages = gw.Pipeline([InsertFeatureCache(branch=branch)])(layout.program).plan.stages
         for size in ((16, 16), (24, 8)):
             before = layout.inputs(3)
             before["sample"] = image(3, before["sample"].shape[1], *size)
@@ -523,8 +524,9 @@ def test_a_cut_moves_to_where_the_main_path_is_one_tensor() -> None:
     layout = cascade()
     (join,) = skip_joins(layout.program)
     assert join.cut is not join.main
-    result = InsertFeatureCache(timestep="timestep_ratio")(layout.program.copy())
-    assert result.stats["macs_reuse"] < 0.6 * result.stats["macs_refresh"]
+    result = gw.Pipeline([InsertFeatureCache(timestep="timestep_ratio")])(layout.program)
+    stats = result.records[0].result.stats
+    assert stats["macs_reuse"] < 0.6 * stats["macs_refresh"]
     before, now = layout.inputs(3), layout.inputs(3)
     now |= {"sample": now["sample"].flip(-1), "timestep_ratio": 1 - now["timestep_ratio"]}
     module = layout.model.get_submodule("up_upscalers.0")
@@ -537,7 +539,7 @@ def test_a_cut_moves_to_where_the_main_path_is_one_tensor() -> None:
         want = first(layout.model(**now))
         hook.remove()
         new = first(layout.model(**now))
-    stages = result.output.stages
+    stages = result.plan.stages
     _, stale = run(stages["refresh"].program, before)
     torch.testing.assert_close(first(run(stages["reuse"].program, now, **stale)), want, rtol=0, atol=EQUAL)
     assert apart(want, new) > 1e-3 and apart(want, old) > 1e-3

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.graph.dataflow import dataflow
 from graphwright.graph.joins import residual_joins, skip_joins
-from graphwright.passes.base import Context
 from graphwright.passes.insert_feature_cache import REGISTER, InsertFeatureCache
 from graphwright.passes.insert_layer_cache import InsertLayerCache, branch_register
 from graphwright.tools.zoo.entry import seeded_init, source, tensors
@@ -96,7 +95,7 @@ def check_skips(model: Model, names: list[str]) -> list[dict[str, float]]:
     new, _ = eager(model, now)
     found = []
     for branch, name in enumerate(names):
-        result = InsertFeatureCache(branch=branch)(program.copy())
+        result: Any = InsertFeatureCache(branch=branch)(program.copy())
         refresh, reuse = (result.output.stages[stage].program for stage in ("refresh", "reuse"))
         *out, register = run(refresh, now)
         close(out, new)
@@ -167,20 +166,33 @@ def test_three_tensors_in_one_concatenation() -> None:
 
 def test_a_constant_and_a_map_of_the_time_are_no_skips() -> None:
     def body(m: Any, x: Tensor, t: Tensor) -> Tensor:
-        def join(a: Tensor, s: Tensor) -> Tensor:
-            a = m.c6(torch.cat([a, torch.ones_like(a[:, :1])], 1))
-            a = m.c7(torch.cat([a, map_of(m, t, a)], 1))
-            return torch.cat([a, s], 1)
-
         first = m.c0(x) + map_of(m, t, x)
-        deep = join(m.c2(m.c1(first)), first)
-        m.at("zero", deep[:, :WIDTH])
-        # What is named above is the first half of a concatenation, so a test cannot exchange it: it takes the next.
-        return m.c5(deep)
+        deep = m.c2(m.c1(first))
+        deep = m.c6(torch.cat([deep, torch.ones_like(deep[:, :1])], 1))
+        deep = m.at("zero", m.c7(torch.cat([deep, map_of(m, t, deep)], 1)))
+        return m.c5(torch.cat([deep, first], 1))
 
-    model = built("t:1-8 c0 c1 c2 c6:9-8 c7:16-8 c5:16-8", body)
-    (join,) = skip_joins(gw.capture(model, (), inputs("map", False)))
-    assert join.skip.name == "add" and "c7" in str(join.main.meta["nn_module_stack"])
+    check_skips(built("t:1-8 c0 c1 c2 c6:9-8 c7:16-8 c5:16-8", body), ["zero"])
+
+
+def test_the_larger_of_two_networks_in_a_row_is_the_one() -> None:
+    def body(m: Any, x: Tensor, t: Tensor) -> Tensor:
+        x = m.c9(torch.cat([m.c8(x), x], 1))
+        x = m.c7(torch.cat([up(m, m.c6(down(m, x))), x], 1))
+        return u(m, x, t, lambda a, s: torch.cat([a, s], 1))
+
+    check_skips(built(U + " c6 c7:16-8 c8 c9:16-8", body), ["zero", "one"])
+
+
+def test_skips_that_the_main_path_weighs_and_skips_with_layers_are_refused() -> None:
+    def weighed(m: Any, a: Tensor, s: Tensor) -> Tensor:
+        return s * torch.sigmoid(m.l6((a + s).transpose(1, 3)).transpose(1, 3))
+
+    for skip in (weighed, lambda m, a, s: m.l6(s.transpose(1, 3)).transpose(1, 3)):
+        body = lambda m, x, t, skip=skip: u(m, x, t, lambda a, s: torch.cat([a, skip(m, a, s)], 1))  # noqa: E731
+        program = gw.capture(built(U + " l6", body), (), inputs("map", False))
+        with pytest.raises(gw.PreconditionError, match="skip connections that are concatenated, and Model has none"):
+            InsertFeatureCache()(program)
 
 
 def test_operators_in_place_keep_nothing_alive_and_do_not_write_into_what_is_kept() -> None:
@@ -392,5 +404,6 @@ def test_dead_operators_in_place_are_gone() -> None:
 
     model = built("t:1-8 c0 c1 c2 c5:16-8", body)
     check_skips(model, ["zero"])
-    reuse = InsertFeatureCache().rewrite(gw.capture(model, (), inputs("map", False)), Context()).output.stages["reuse"]
+    program = gw.capture(model, (), inputs("map", False))
+    reuse = gw.Pipeline([InsertFeatureCache()])(program).plan.stages["reuse"]
     assert not dataflow(reuse.program).writes
