@@ -31,7 +31,10 @@ BENCHMARKS = {
         "graphwright.tools.bench.published_counts:main",
         "parameters and multiply-accumulates of published pruned networks, from their configurations",
     ),
-    "routers": ("graphwright.tools.bench.routers:main", "what routers of Learning-to-Cache remove, and what that saves"),
+    "routers": (
+        "graphwright.tools.bench.routers:main",
+        "what routers of Learning-to-Cache remove, and what that saves",
+    ),
 }
 EVERYWHERE = ("--quiet", "-q", "--verbose", "-v")
 
