@@ -30,6 +30,8 @@ class Scoring:
         layer_outputs: ``(weight name, dimension)`` of what convolutions and linear layers produce; for ``fpgm``.
         batch_norm_scales: Names of the batch norms' weights; for ``bn-scale``.
         seed: For ``random``.
+        losses: Of the calibration samples that were looked at.
+        used: Which of them counted.
     """
 
     tensors: Mapping[str, Tensor]
@@ -38,6 +40,8 @@ class Scoring:
     layer_outputs: frozenset[tuple[str, int]] = frozenset()
     batch_norm_scales: frozenset[str] = frozenset()
     seed: int = 0
+    losses: tuple[float, ...] = ()
+    used: tuple[int, ...] = ()
     _powers: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def weight(self, member: Member) -> Tensor:
@@ -89,6 +93,16 @@ def taylor_multivariable(scoring: Scoring, group: CouplingGroup, members: Sequen
     return [slice_sums(scoring.weight(m) * scoring.gradients[m.name], m).abs() for m in found]
 
 
+def taylor_squared(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score a slice of a matrix or filter by ``sum (w * dL/dw)**2``, of a vector such as a norm's by ``|w * dL/dw|``.
+
+    The form in the published code of Diff-Pruning (2305.10924), whose paper has that of `taylor`.
+    """
+    found = [m for m in members if m.name in scoring.gradients]
+    products = [(m, scoring.weight(m) * scoring.gradients[m.name]) for m in found]
+    return [slice_sums(product.abs() if product.dim() < 2 else product**2, m) for m, product in products]
+
+
 def hessian(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
     """Score a slice by ``sum w**2 * h`` with ``h`` the mean over samples of ``(dL_i/dw)**2``.
 
@@ -128,8 +142,9 @@ CRITERIA: dict[str, Criterion] = {
     "random": random,
     "taylor": taylor,
     "taylor-multivariable": taylor_multivariable,
+    "taylor-squared": taylor_squared,
 }
-NEEDS_GRADIENTS = frozenset({"hessian", "taylor", "taylor-multivariable"})
+NEEDS_GRADIENTS = frozenset({"hessian", "taylor", "taylor-multivariable", "taylor-squared"})
 NEEDS_SQUARED_GRADIENTS = frozenset({"hessian"})
 
 # What it means when a criterion judges no member of a group.

@@ -17,7 +17,7 @@ from ..graph.errors import PreconditionError
 from ..graph.groups import CouplingGroup, Member
 from ..graph.program import Program
 from .base import Context
-from .calibration import Gradients, calibrate
+from .calibration import Gradients, Threshold, calibrate
 from .criteria import (
     CRITERIA,
     NEEDS_GRADIENTS,
@@ -34,15 +34,28 @@ class NotScoredError(PreconditionError):
     """The criterion cannot judge a group: no member of it is of the kind that the criterion reads."""
 
 
-def scoring_of(program: Program, criterion: str, ctx: Context | None = None, seed: int = 0) -> Scoring:
+def scoring_of(
+    program: Program,
+    criterion: str,
+    ctx: Context | None = None,
+    seed: int = 0,
+    threshold: Threshold | None = None,
+) -> Scoring:
     """Gather what ``criterion`` reads: the program's tensors and, if it needs them, calibration gradients.
+
+    Args:
+        program: To be scored.
+        criterion: One of `CRITERIA`.
+        ctx: Holds the calibration.
+        seed: For random scores.
+        threshold: Which calibration samples count; None for all.
 
     Raises:
         PreconditionError: The criterion needs gradients and ``ctx`` has no usable loss or batches.
     """
     gradients = Gradients()
     if criterion in NEEDS_GRADIENTS:
-        gradients = calibrate(program, ctx or Context(), squares=criterion in NEEDS_SQUARED_GRADIENTS)
+        gradients = calibrate(program, ctx or Context(), criterion in NEEDS_SQUARED_GRADIENTS, threshold)
     return Scoring(
         program.tensors(),
         gradients.sums,
@@ -50,6 +63,8 @@ def scoring_of(program: Program, criterion: str, ctx: Context | None = None, see
         layer_outputs(program),
         batch_norm_scales(program),
         seed,
+        gradients.losses,
+        gradients.used,
     )
 
 

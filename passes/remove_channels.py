@@ -24,6 +24,7 @@ from ..graph.isomorphism import isomorphism_classes
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord, reconcile, resize
 from .base import Context, Pass, PassResult, Skipped
+from .calibration import Threshold
 from .criteria import CRITERIA
 from .importance import NotScoredError, importance, scoring_of
 from .ranking import ROUNDINGS, Limits, global_widths, legal_width, local_widths, select
@@ -54,11 +55,15 @@ class RemovalResult(PassResult):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one step removes: indices to keep by group, why a group was dropped, widths wanted before constraints."""
+    """What one step removes: indices to keep by group, why a group was dropped, widths wanted before constraints.
+
+    ``samples`` are the calibration samples that were looked at, and those that counted.
+    """
 
     keep: Mapping[str, list[int]] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     wanted: Mapping[str, float] = field(default_factory=dict)
+    samples: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,8 @@ class RemoveChannels(Pass):
             was asked for) or ``floor-kept`` (no less goes).
         steps: Remove in this many steps, with new scores before each; the ratio grows linearly.
         include_bias: Score biases too.
+        loss_threshold: Calibrate on samples whose loss is above this fraction of the largest so far (arXiv 2305.10924).
+        loss_stop: Whether the first sample below it ends the calibration; else all are looked at.
         seed: For the criterion ``random``.
     """
 
@@ -107,6 +114,8 @@ class RemoveChannels(Pass):
     rounding: str = "nearest"
     steps: int = 1
     include_bias: bool = False
+    loss_threshold: float = 0.0
+    loss_stop: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -115,6 +124,7 @@ class RemoveChannels(Pass):
         for pattern, ratio in self.ratios.items():
             _in_range(f"ratios[{pattern!r}]", ratio, 0.0, 1.0, "[0, 1)", below=True)
         _in_range("max_ratio", self.max_ratio, 0.0, 1.0, "[0, 1]")
+        _in_range("loss_threshold", self.loss_threshold, 0.0, 1.0, "[0, 1)", below=True)
         for name, known in (
             ("criterion", CRITERIA),
             ("reduction", REDUCTIONS),
@@ -166,6 +176,8 @@ class RemoveChannels(Pass):
             "macs_before": before.total_macs,
             "macs_after": after.total_macs,
         }
+        if plan.samples[0]:
+            stats["calibration_samples_seen"], stats["calibration_samples_used"] = plan.samples
         skipped = tuple(
             Skipped(w.group, self._why_whole(g, w, plan))
             for g, w in zip(groups, widths, strict=True)
@@ -178,7 +190,7 @@ class RemoveChannels(Pass):
         groups = [g for g in graph.groups if ratios[g.name] > 0 and g.name in initial]
         if not groups:
             return _Plan()
-        scores, unscored = self._scores(groups, program, ctx)
+        scores, unscored, samples = self._scores(groups, program, ctx)
         groups = [g for g in groups if g.name in scores]
         if self.scope == "local":
             wanted = local_widths(groups, ratios, initial)
@@ -195,13 +207,14 @@ class RemoveChannels(Pass):
             if width < g.size:
                 keep[g.name] = select(g, scores[g.name], width)
         keep, dropped = reconcile(graph, keep)
-        return _Plan(keep, unscored | dropped, wanted)
+        return _Plan(keep, unscored | dropped, wanted, samples)
 
     def _scores(
         self, groups: Sequence[CouplingGroup], program: Program, ctx: Context
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the scores by group, and why a group has none."""
-        scoring = scoring_of(program, self.criterion, ctx, self.seed)
+    ) -> tuple[dict[str, Tensor], dict[str, str], tuple[int, int]]:
+        """Return the scores by group, why a group has none, and how many samples were looked at and counted."""
+        threshold = Threshold(self.loss_threshold, self.loss_stop) if self.loss_threshold else None
+        scoring = scoring_of(program, self.criterion, ctx, self.seed, threshold)
         scores: dict[str, Tensor] = {}
         unscored: dict[str, str] = {}
         for i, g in enumerate(groups):
@@ -218,7 +231,7 @@ class RemoveChannels(Pass):
                 f"the criterion {self.criterion} scores none of the {len(groups)} groups of {program.name} "
                 f"({reason}); choose another criterion"
             )
-        return scores, unscored
+        return scores, unscored, (len(scoring.losses), len(scoring.used))
 
     def _ratio(self, group: CouplingGroup) -> float:
         names = (group.name, *(m.name for m in group.members))

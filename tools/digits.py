@@ -139,6 +139,35 @@ def calibration(count: int = 8, batch: int = 64, seed: int = 0) -> tuple[Any, ..
     return epsilon_loss, taylor_batches(count, batch, seed), split
 
 
+def timesteps(batch: int = 64, stride: int = 1, seed: int = 0) -> tuple[Any, ...]:
+    """Return a calibration with one batch for each timestep, least noise first, as Diff-Pruning takes it (2305.10924).
+
+    The digits and the noise are the same in all of them.
+
+    Args:
+        batch: Training digits in each.
+        stride: Every so many timesteps; 1 takes all 1000.
+        seed: Of the choice of digits and of the noise.
+
+    Returns:
+        ``(loss, batches)``: `epsilon_loss` and the batches.
+
+    Raises:
+        ValueError: Batch or stride is not positive.
+    """
+    require_at_least(batch=(batch, 1), stride=(stride, 1))
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    scheduler = DDPMScheduler(**SCHEDULE)
+    train, _ = digits_images()
+    ((chosen, noise_seed),) = choose_batches(len(train), 1, batch, seed)
+    images = train[chosen]
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(noise_seed))
+    levels = range(0, scheduler.config["num_train_timesteps"], stride)
+    times = [torch.full((batch,), level, dtype=torch.int64) for level in levels]
+    return epsilon_loss, [NoisyBatch(scheduler.add_noise(images, noise, time), time, noise) for time in times]
+
+
 def samples(count: int = 256, steps: int = 25, seed: int = 0, shown: int = 32) -> Draw:
     """Return what draws the same digits with several models and judges them, as a recipe's ``samples`` wants it.
 

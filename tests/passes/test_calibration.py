@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from graphwright.frontends.capture import capture
 from graphwright.graph.errors import PreconditionError
 from graphwright.graph.program import Program
-from graphwright.passes.base import Context
-from graphwright.passes.calibration import calibrate
+from graphwright.passes.base import Context, Pipeline
+from graphwright.passes.calibration import Gradients, Threshold, calibrate
 from graphwright.passes.criteria import NEEDS_GRADIENTS
 from graphwright.passes.importance import scoring_of
+from graphwright.passes.remove_channels import RemoveChannels
 
 
 class Flattened(nn.Module):
@@ -160,3 +161,59 @@ def test_progress_reports_every_batch() -> None:
     program = capture(made(), (picture(2),))
     calibrate(program, context(batches=[picture(1), picture(2)], progress=lambda *a: seen.append(a)))
     assert seen == [("calibration", 1, 2), ("calibration", 2, 2)]
+
+
+# ---------------------------------------------------------------------- which samples count
+
+
+class Scaled(nn.Module):
+    """Its loss on a batch is the batch's own number, so that the curve is what a test says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+CURVE = [0.8, 1.0, 0.6, 0.3, 0.7, 0.1]
+
+
+def counted(fraction: float, stop: bool) -> Gradients:
+    program = capture(Scaled(), (torch.ones(2, 1, dtype=torch.float64),))
+    batches = [torch.full((2, 1), value / 2, dtype=torch.float64) for value in CURVE]
+    return calibrate(program, Context(loss=lambda p, x: p(x).mean(), batches=batches), False, Threshold(fraction, stop))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "stop", "used", "seen"),
+    [
+        (0.0, True, [0, 1, 2, 3, 4, 5], 6),
+        (0.5, True, [0, 1, 2], 4),
+        (0.5, False, [0, 1, 2, 4], 6),
+        (0.05, True, [0, 1, 2, 3, 4, 5], 6),
+        (0.99, True, [0, 1], 3),  # the largest so far is above any fraction of itself
+    ],
+)
+def test_samples_below_a_fraction_of_the_largest_loss_add_nothing(
+    fraction: float, stop: bool, used: list[int], seen: int
+) -> None:
+    found = counted(fraction, stop)
+    assert list(found.used) == used
+    assert found.losses == pytest.approx(CURVE[:seen])
+    # The gradient of a batch with the loss c is c / 2; the sample that ended it is not in the sum.
+    assert float(found.sums["weight"]) == pytest.approx(sum(CURVE[i] / 2 for i in used), rel=1e-12)
+
+
+def test_the_pass_calibrates_on_the_samples_that_count_and_says_how_many() -> None:
+    model = made()
+    program = capture(model, (picture(),))
+    small = 1e-3 * picture()
+    ctx = Context(loss=lambda p, x: p(x).square().mean(), batches=[picture(), 2 * picture(), small, small])
+    some = Pipeline([RemoveChannels(criterion="taylor", loss_threshold=0.5)])(program, ctx).records[0].result
+    assert some.stats["calibration_samples_used"] < some.stats["calibration_samples_seen"] <= 4
+    every = Pipeline([RemoveChannels(criterion="taylor")])(program, ctx).records[0].result
+    assert every.stats["calibration_samples_used"] == every.stats["calibration_samples_seen"] == 4
+    magnitude = Pipeline([RemoveChannels()])(program, ctx).records[0].result
+    assert "calibration_samples_used" not in magnitude.stats

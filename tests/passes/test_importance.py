@@ -81,6 +81,7 @@ def element_scores(name: str, w: dict[str, Tensor], grads: list[dict[str, Tensor
         "magnitude-l2": {n: w[n] ** 2 for n in w},
         "taylor": {n: (w[n] * total[n]).abs() for n in w},
         "taylor-multivariable": {n: w[n] * total[n] for n in w},
+        "taylor-squared": {n: (w[n] * total[n]).abs() ** (1 if w[n].dim() < 2 else 2) for n in w},
         "hessian": {n: w[n] ** 2 * mean_square[n] for n in w},
     }[name]
 
@@ -138,7 +139,9 @@ def test_the_references_cover_every_reduction_and_normaliser() -> None:
     assert set(NORMALISE) == set(NORMALISERS)
 
 
-@pytest.mark.parametrize("criterion", ["magnitude-l1", "magnitude-l2", "taylor", "taylor-multivariable", "hessian"])
+@pytest.mark.parametrize(
+    "criterion", ["magnitude-l1", "magnitude-l2", "taylor", "taylor-multivariable", "taylor-squared", "hessian"]
+)
 def test_every_reduction_and_normaliser_equals_the_loops_with_a_flattened_consumer(
     criterion: str, setting: Any
 ) -> None:
