@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, final
 
+import torch
 from torch import Tensor
 
 from ..graph.errors import GraphwrightError, PreconditionError, VerificationError
@@ -59,12 +60,15 @@ class Context:
         batches: Calibration batches, each passed to ``loss`` as it is.
         split: Takes a batch apart into samples, for criteria that need one gradient per sample (``hessian``); each
             is passed to ``loss``. Without it every batch counts as one sample.
+        sample: Sampling loop of a denoiser, for passes that learn on sampling runs: ``sample(denoise, generator)`` calls
+            ``denoise`` as the model is called.
         progress: Called with ``(what, done, total)`` during long work.
     """
 
     loss: Loss | None = None
     batches: Sequence[Any] = ()
     split: Callable[[Any], Sequence[Any]] | None = None
+    sample: Callable[[Any, torch.Generator], Any] | None = None
     progress: Progress | None = None
     _cache: dict[Callable[[Program], Any], tuple[int, Program, Any]] = field(default_factory=dict, repr=False)
 

@@ -18,6 +18,7 @@ BUILTIN = {
     "fold-batch-norm": "graphwright.passes.fold_batch_norm:FoldBatchNorm",
     "insert-feature-cache": "graphwright.passes.insert_feature_cache:InsertFeatureCache",
     "insert-layer-cache": "graphwright.passes.insert_layer_cache:InsertLayerCache",
+    "learn-layer-cache": "graphwright.passes.learn_layer_cache:LearnLayerCache",
     "remove-channels": "graphwright.passes.remove_channels:RemoveChannels",
     "remove-dropout": "graphwright.passes.remove_dropout:RemoveDropout",
 }

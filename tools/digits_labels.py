@@ -73,6 +73,27 @@ def guided(denoise: LabelledDenoise, labels: Tensor, guidance: float) -> Denoise
     return plain if guidance == 1.0 else both
 
 
+def sampling(count: int = 16, steps: int = 20, guidance: float = 1.0) -> Callable[[Any, torch.Generator], Tensor]:
+    """Return what makes one sampling run, as a recipe's ``sampling`` wants it: digits of classes in turn, noise drawn anew.
+
+    Args:
+        count: Pictures of a run.
+        steps: DDIM steps; the denoiser is called once in each.
+        guidance: See `guided`.
+
+    Raises:
+        ValueError: One of them is too small.
+    """
+    require_at_least(count=(count, 1), steps=(steps, 1))
+
+    def sample(denoise: Callable[..., Any], generator: torch.Generator) -> Tensor:
+        labels = torch.arange(count) % CLASSES
+        seed = int(torch.randint(2**31, (), generator=generator))
+        return sample_labelled_digits(labelled_denoiser(denoise), labels, steps, guidance, seed)
+
+    return sample
+
+
 def sample_labelled_digits(
     denoise: LabelledDenoise,
     labels: Tensor,

@@ -147,6 +147,8 @@ class Recipe:
         calibration: For criteria that need gradients. The factory returns ``(loss, batches)``, where
             ``loss(program, batch)`` is a scalar tensor, or ``(loss, batches, split)``, where ``split(batch)`` gives the
             samples of a batch.
+        sampling: For passes that learn on sampling runs. The factory returns ``sample(denoise, generator)``, which makes one
+            run and calls ``denoise`` as the model is called.
         passes: In order.
         export: What to export.
         check: How exports are compared.
@@ -164,6 +166,7 @@ class Recipe:
     inputs: Mapping[str, InputTensor | bool | int | float | str | None] | None = None
     dynamic: Mapping[str, Mapping[int, str]] | None = None
     calibration: Factory | None = None
+    sampling: Factory | None = None
     passes: tuple[Any, ...] = ()
     export: Export = field(default_factory=Export)
     check: Check = field(default_factory=Check)

@@ -120,7 +120,9 @@ class Runner:
                 What is finished by then stays, and the next run goes on from there.
         """
         # First, so that a factory with a wrong name costs no time.
-        self._factories = {name: factory_key(name, getattr(self.recipe, name)) for name in ("calibration", "samples")}
+        self._factories = {
+            name: factory_key(name, getattr(self.recipe, name)) for name in ("calibration", "sampling", "samples")
+        }
         self._directory = RunDirectory.open(self.out, self.recipe.name)
         with self._directory.locked():
             write_atomic(self.out / RESOLVED, self.recipe.to_yaml())
@@ -222,12 +224,13 @@ class Runner:
             "pass": step.name,
             "options": plain(step),
             "calibration": self._factories["calibration"],
+            "sampling": self._factories["sampling"],
         }
         return self._do(name, show(step), inputs, work)
 
     @cached_property
     def _context(self) -> Context:
-        return context_of(self.recipe.calibration, self.ui.progress)
+        return context_of(self.recipe.calibration, self.ui.progress, self.recipe.sampling)
 
     def _exported(self, last: Finished) -> None:
         onnx, check = self.recipe.export.onnx, self.recipe.check

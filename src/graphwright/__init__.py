@@ -28,6 +28,7 @@ _WHERE = {
     "InsertFeatureCache": "passes.insert_feature_cache",
     "InsertLayerCache": "passes.insert_layer_cache",
     "LayerRouter": "passes.layer_router",
+    "LearnLayerCache": "passes.learn_layer_cache",
     "LoadError": "graph.errors",
     "OnnxRunner": "backends.onnx_runner",
     "Pass": "passes.base",
@@ -124,6 +125,7 @@ if TYPE_CHECKING:
     from .passes.insert_feature_cache import InsertFeatureCache as InsertFeatureCache
     from .passes.insert_layer_cache import InsertLayerCache as InsertLayerCache
     from .passes.layer_router import LayerRouter as LayerRouter
+    from .passes.learn_layer_cache import LearnLayerCache as LearnLayerCache
     from .passes.remove_channels import RemoveChannels as RemoveChannels
     from .passes.remove_dropout import RemoveDropout as RemoveDropout
     from .passes.router_files import import_router as import_router
