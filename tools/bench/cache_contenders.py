@@ -12,8 +12,11 @@ from ...passes.base import Pass, Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
 from ...passes.insert_layer_cache import KINDS, InsertLayerCache
 from .cache_bed import Bed, Model
+from .cache_extrapolated import Extrapolated, warmed_up
 
 INTERVALS = (2, 3, 5)
+# Of extrapolation.
+ORDER = 1
 # Shares of the uncached run's steps.
 FEWER = (0.8, 0.66, 0.5, 0.4, 0.34, 0.26, 0.2, 0.16, 0.1)
 
@@ -23,7 +26,7 @@ class Contender:
     """A way to draw that costs less.
 
     Attributes:
-        who: ``graphwright``, ``diffusers``, or ``fewer steps``.
+        who: ``graphwright``, ``diffusers``, ``fewer steps``, or ``experiment`` for what is not offered yet.
         method: Of which papers or libraries speak.
         setting: Of the method.
         make: Returns the model for one run.
@@ -61,6 +64,7 @@ def _feature_caches(bed: Bed) -> Iterator[Contender]:
             yield _contender("DeepCache", f"branch {branch}, N={interval}", plan, Uniform(interval))
         schedule = centred(bed.steps, 5, bed.steps // 2, 1.4)
         yield _contender("DeepCache", f"branch {branch}, N=5, dense in the middle", plan, schedule)
+        yield from _extrapolated(bed, "DeepCache", f"branch {branch}", plan)
 
 
 def _layer_caches(bed: Bed) -> Iterator[Contender]:
@@ -71,6 +75,19 @@ def _layer_caches(bed: Bed) -> Iterator[Contender]:
         plan = _lazy(bed, InsertLayerCache(kinds=kinds, timestep=bed.names[1]))
         for interval in INTERVALS:
             yield _contender("InsertLayerCache", f"{label}, N={interval}", plan, Uniform(interval))
+        if kinds == KINDS:
+            yield from _extrapolated(bed, "InsertLayerCache", label, plan)
+
+
+def _extrapolated(bed: Bed, method: str, setting: str, plan: Callable[[], Plan]) -> Iterator[Contender]:
+    for interval in INTERVALS:
+        schedule = warmed_up(bed.steps, interval)
+        yield Contender(
+            "experiment",
+            f"{method} extrapolated",
+            f"{setting}, N={interval}",
+            lambda schedule=schedule: Extrapolated(replace(plan(), schedule=schedule), ORDER),
+        )
 
 
 def _lazy(bed: Bed, step: Pass) -> Callable[[], Plan]:

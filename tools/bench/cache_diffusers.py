@@ -21,6 +21,8 @@ from .cache_contenders import Contender
 Apply = Callable[[nn.Module, Callable[[], int]], None]
 ALWAYS = (-1, 1001)
 CALIBRATION_SEED = 1
+# Pictures by whose change SeaCache decides for all of a batch.
+LOOKED_AT = 64
 # What TaylorSeer is given where its own patterns match nothing: attention and feed-forward, or residual blocks.
 BRANCHES = (r"transformer_blocks\.\d+\.(attn1|ff)", r".*(attentions|resnets)\.\d+")
 
@@ -206,8 +208,8 @@ def _sea(bed: Bed) -> dict[str, Apply]:
             hooks = diffusers_hooks()
 
             def latents(_: nn.Module, args: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
-                # A picture is a video of one frame, [channels, 1, height, width].
-                return list(inputs[bed.names[0]].unsqueeze(2).unbind())
+                # A picture is a video of one frame, [channels, 1, height, width]; each is filtered apart.
+                return list(inputs[bed.names[0]][-LOOKED_AT:].unsqueeze(2).unbind())
 
             hooks.apply_sea_cache(module, hooks.SeaCacheConfig(threshold=threshold, raw_vision_callback=latents))
 

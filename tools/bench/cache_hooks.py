@@ -16,7 +16,8 @@ from .cache_rows import Row, Rows
 
 MODELS = ("digits-ddpm", "digits-dit")
 UNCACHED, BASELINE = "uncached", "fewer steps"
-WHO = ("graphwright", "diffusers", BASELINE)
+OURS, PEER = ("graphwright", "experiment"), "diffusers"
+CACHES = (*OURS, PEER)
 METRICS = {"error": "steps_error", "frechet": "steps_frechet"}
 
 
@@ -26,7 +27,7 @@ def measure(bed: Bed, contender: Contender) -> list[Row]:
     try:
         drawn = bed.draw(contender.make(), contender.steps)
     except Exception as err:
-        if contender.who != "diffusers":
+        if contender.who != PEER:
             raise
         kind = "" if isinstance(err, Refused) else f"{type(err).__name__}: "
         return [row | {"note": kind + first_line(err)}]
@@ -61,7 +62,7 @@ def beside_fewer_steps(rows: Sequence[Row]) -> list[Row]:
     out = []
     for row in rows:
         added = {}
-        if row["who"] not in (UNCACHED, BASELINE) and "mac_ratio" in row and row["mac_ratio"] >= plain[0]["mac_ratio"]:
+        if row["who"] in CACHES and "mac_ratio" in row and row["mac_ratio"] >= plain[0]["mac_ratio"]:
             added = {column: _between(plain, row["mac_ratio"], metric) for metric, column in METRICS.items()}
         out.append(row | added)
     return out
@@ -93,25 +94,22 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     """Return sentences that say who wins: against fewer steps, and against the caches of diffusers, at the cost spent."""
     lines = []
     for metric, column in METRICS.items():
-        for who in WHO[:2]:
+        for who in CACHES:
             caches = [r for r in rows if r["who"] == who and column in r]
             better = sum(r[metric] < r[column] for r in caches)
-            lines.append(f"{metric}: {who} is below fewer steps at the same cost in {better} of {len(caches)} settings")
-        lines += _duels(rows, metric)
-    return lines
+            if caches:
+                lines.append(
+                    f"{metric}: {who} beats fewer steps of the same cost in {better} of {len(caches)} settings"
+                )
+        for side in OURS:
+            lines += [_duel(rows, metric, side, PEER), _duel(rows, metric, PEER, side)]
+    return [line for line in lines if line]
 
 
-def _duels(rows: Sequence[Row], metric: str) -> list[str]:
-    """For every setting of one side, whether the other has one that costs no more and is no worse."""
-    sides = {who: [r for r in rows if r["who"] == who and "mac_ratio" in r] for who in WHO[:2]}
-    if not all(sides.values()):
-        return []
-    lines = []
-    for who, other in (WHO[:2], WHO[1::-1]):
-        beaten = sum(
-            any(o["mac_ratio"] <= r["mac_ratio"] and o[metric] <= r[metric] for o in sides[other]) for r in sides[who]
-        )
-        lines.append(
-            f"{metric}: {other} has one as cheap and as good for {beaten} of {len(sides[who])} settings of {who}"
-        )
-    return lines
+def _duel(rows: Sequence[Row], metric: str, who: str, other: str) -> str:
+    """Say for how many settings of one side the other has one that costs no more and is no worse."""
+    mine, theirs = ([r for r in rows if r["who"] == side and "mac_ratio" in r] for side in (who, other))
+    if not mine or not theirs:
+        return ""
+    met = sum(any(o["mac_ratio"] <= r["mac_ratio"] and o[metric] <= r[metric] for o in theirs) for r in mine)
+    return f"{metric}: {other} has one as cheap and as good for {met} of {len(mine)} settings of {who}"
