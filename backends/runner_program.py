@@ -99,7 +99,8 @@ def staged(
     }
     inputs = stages[REFRESH].program.inputs[: manifest["inputs"]]
     schedule = decode_schedule(manifest["schedule"])
-    return Staged(stages, schedule, inputs, manifest["timestep"], manifest["name"], tuple(manifest["notes"]))
+    notes, order = tuple(manifest["notes"]), int(manifest["extrapolation"])
+    return Staged(stages, schedule, inputs, manifest["timestep"], manifest["name"], notes, order)
 
 
 def plan_facts(plan: Staged[Program], stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def plan_facts(plan: Staged[Program], stages: Mapping[str, Mapping[str, Any]]) -
         "inputs": len(plan.inputs),
         "timestep": plan.timestep,
         "schedule": plan.schedule.encode(),
+        "extrapolation": plan.extrapolation,
         "notes": list(plan.notes),
         "registers": {
             name: {"dtype": str(spec.dtype).removeprefix("torch."), "shape": list(spec.shape)}

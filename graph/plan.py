@@ -50,6 +50,9 @@ class Staged(Generic[P]):
         timestep: Name of the input that says how far a run is.
         name: Class name of the denoiser.
         notes: What was decided when the plan was made, one sentence each.
+        extrapolation: Order of the polynomial through the last values of a register, of which a stage that reads it gets
+            the value now (TaylorSeer, arXiv 2503.06923). 0 gives it the last value. A register then takes as many
+            times its memory, and one more.
     """
 
     stages: dict[str, Stage[P]]
@@ -58,6 +61,7 @@ class Staged(Generic[P]):
     timestep: str
     name: str
     notes: tuple[str, ...] = field(default=())
+    extrapolation: int = 0
 
     @property
     def registers(self) -> dict[str, InputSpec]:

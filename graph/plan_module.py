@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Run:
         grid: What the clock gave when the run began.
         first: Place of the first evaluation in the grid, if times come from its memory.
         doubtful: Whether it began because the first time of a run came a second time.
-        registers: What is kept.
+        registers: What is kept, by name: evaluations and values, the latest last.
         shapes: Names, shapes, dtypes and devices of the inputs that the registers were written for.
         history: Stages that ran.
     """
@@ -38,7 +39,7 @@ class Run:
     grid: Any = None
     first: int | None = None
     doubtful: bool = False
-    registers: dict[str, Tensor] = field(default_factory=dict)
+    registers: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
     shapes: Signature = ()
     history: list[str] = field(default_factory=list)
 
@@ -90,11 +91,13 @@ class PlanModule(nn.Module):
             name, stage = REFRESH, plan.stages[REFRESH]
         # A run is known again only once its evaluation is through.
         self._runs.pop(self._context)
-        result = self.stages[name](*args, **kwargs, **{register: run.registers[register] for register in stage.reads})
-        result, written = plan.split(name, result)
-        if written:
-            run.registers.update(written)
+        registers = {register: _value(run.registers[register], run.index) for register in stage.reads}
+        result, written = plan.split(name, self.stages[name](*args, **kwargs, **registers))
+        if written and run.shapes != shapes:
+            run.registers.clear()
             run.shapes = shapes
+        for register, value in written.items():
+            run.registers[register] = [*run.registers.get(register, ()), (run.index, value)][-1 - plan.extrapolation :]
         run.index += 1
         run.history.append(name)
         self._runs[self._context] = run
@@ -158,6 +161,18 @@ class PlanModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"plan of {self.__dict__['plan'].name}"
+
+
+def _value(kept: Sequence[tuple[int, Tensor]], evaluation: int) -> Tensor:
+    """Return the value at an evaluation of the polynomial through all that is kept (Lagrange's form)."""
+    if len(kept) == 1:
+        return kept[0][1]
+    value = None
+    for place, written in kept:
+        weight = math.prod((evaluation - other) / (place - other) for other, _ in kept if other != place)
+        value = weight * written if value is None else value + weight * written
+    assert value is not None
+    return value
 
 
 def _place(time: Tensor, grid: Any) -> int | None:

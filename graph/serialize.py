@@ -96,6 +96,7 @@ def save_plan(plan: Plan, directory: str | os.PathLike[str]) -> None:
         "timestep": plan.timestep,
         "notes": list(plan.notes),
         "schedule": plan.schedule.encode(),
+        "extrapolation": plan.extrapolation,
         "inputs": len(plan.inputs),
         "stages": stages,
     }
@@ -132,6 +133,7 @@ def load_plan(directory: str | os.PathLike[str]) -> Plan:
             str(document["timestep"]),
             str(document["name"]),
             tuple(map(str, document["notes"])),
+            int(document["extrapolation"]),
         )
         plan.check()
     return plan

@@ -76,6 +76,12 @@ def require_timestep(rule: str, program: Program, timestep: str) -> None:
         )
 
 
+def require_order(rule: str, order: int) -> None:
+    """Raise `PreconditionError` unless ``order`` is one of a polynomial."""
+    if order < 0:
+        raise PreconditionError(f"{rule}: extrapolation must be 0 or more, the order of a polynomial, got {order}")
+
+
 def _require_own_value(rule: str, flow: Dataflow, cut: Node) -> None:
     """Raise unless all that happens to the memory of ``cut`` after it happens through ``cut``.
 

@@ -18,7 +18,7 @@ from ..graph.plan import Plan
 from ..graph.program import Program
 from ..graph.schedules import REUSE, Listed, Uniform
 from .base import Context, Pass, PassResult
-from .cache_cuts import cut_stages, live_macs, require_timestep
+from .cache_cuts import cut_stages, live_macs, require_order, require_timestep
 
 REGISTER = "cached_feature"
 
@@ -34,6 +34,8 @@ class InsertFeatureCache(Pass):
         reuse_ratio: Takes the place of ``branch`` where it is given: the deepest branch, which is the most accurate, whose
             reuse costs at most this fraction of the multiply-accumulates of a full evaluation.
         timestep: Name of the input that holds the time.
+        extrapolation: Reuse the polynomial of this order through the last kept values, not the last value (TaylorSeer, arXiv
+            2503.06923). It takes as many times the memory, and one more.
     """
 
     name: ClassVar[str] = "insert-feature-cache"
@@ -43,6 +45,7 @@ class InsertFeatureCache(Pass):
     schedule: Uniform | Listed | None = None
     reuse_ratio: float | None = None
     timestep: str = "timestep"
+    extrapolation: int = 0
 
     def requires(self, program: Program) -> None:
         joins = skip_joins(program)
@@ -57,6 +60,7 @@ class InsertFeatureCache(Pass):
                 f"from 0 (the shallowest) to {len(joins) - 1}"
             )
         require_timestep(self.name, program, self.timestep)
+        require_order(self.name, self.extrapolation)
         self._join(program, joins)
 
     def _join(self, program: Program, joins: Sequence[SkipJoin]) -> SkipJoin:
@@ -77,7 +81,7 @@ class InsertFeatureCache(Pass):
         inputs, name, full = program.inputs, program.name, cost(program).total_macs
         stages = cut_stages(program, self.name, {REGISTER: join.cut}, {REUSE: {REGISTER}})
         schedule = self.schedule or Uniform(self.interval_steps)
-        plan = Plan(stages, schedule, inputs, self.timestep, name, (_note(join),))
+        plan = Plan(stages, schedule, inputs, self.timestep, name, (_note(join),), self.extrapolation)
         reuse = stages[REUSE].program
         stats = {
             "branch": join.branch,

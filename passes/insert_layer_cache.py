@@ -21,7 +21,7 @@ from ..graph.plan import Plan
 from ..graph.program import Program
 from ..graph.schedules import REFRESH, REUSE, Listed, Schedule, Uniform
 from .base import Context, Pass, PassResult
-from .cache_cuts import cut_stages, require_timestep
+from .cache_cuts import cut_stages, require_order, require_timestep
 
 KINDS = ("attention", "mlp")
 
@@ -38,6 +38,8 @@ class InsertLayerCache(Pass):
         expected: With ``reuse``: the kinds of all branches of the model that the list was made for; a model with
             others is refused. Empty for any.
         timestep: Name of the input that holds the time.
+        extrapolation: Reuse the polynomial of this order through the last kept values, not the last value (TaylorSeer, arXiv
+            2503.06923). It takes as many times the memory, and one more.
     """
 
     name: ClassVar[str] = "insert-layer-cache"
@@ -47,6 +49,7 @@ class InsertLayerCache(Pass):
     kinds: tuple[str, ...] = KINDS
     expected: tuple[str, ...] = ()
     timestep: str = "timestep"
+    extrapolation: int = 0
 
     def requires(self, program: Program) -> None:
         joins = residual_joins(program)
@@ -65,6 +68,7 @@ class InsertLayerCache(Pass):
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise PreconditionError(f"{self.name} knows no branches of kind {unknown[0]!r}; known: {', '.join(KINDS)}")
         require_timestep(self.name, program, self.timestep)
+        require_order(self.name, self.extrapolation)
 
     def rewrite(self, program: Program, ctx: Context) -> PassResult:
         joins = residual_joins(program)
@@ -74,7 +78,7 @@ class InsertLayerCache(Pass):
         registers = {stage: [branch_register(i) for i in numbers] for stage, numbers in patterns.items()}
         stages = cut_stages(program, self.name, cuts, registers)
         notes = tuple(f"{branch_register(i)} is the {join.kind} of {join.module}" for i, join in enumerate(joins))
-        plan = Plan(stages, schedule, inputs, self.timestep, name, notes)
+        plan = Plan(stages, schedule, inputs, self.timestep, name, notes, self.extrapolation)
         stats: dict[str, float] = {"branches": len(joins), "patterns": len(patterns), "macs_refresh": full}
         stats |= {f"macs_{stage}": cost(stages[stage].program).total_macs for stage in patterns}
         return PassResult(True, stats, output=plan)

@@ -171,6 +171,7 @@ def apply_deepcache(
     branch: int = 0,
     *,
     reuse_ratio: float | None = None,
+    extrapolation: int = 0,
     schedule: Uniform | Listed | None = None,
     cache_interval: int | None = None,
     cache_branch_id: int | None = None,
@@ -182,6 +183,7 @@ def apply_deepcache(
         interval: A full evaluation every so many; 1 changes nothing.
         branch: Number of the skip connection, 0 is the shallowest and fastest.
         reuse_ratio: Takes the place of ``branch``: the deepest branch whose reuse costs at most this fraction.
+        extrapolation: Order of the polynomial through the last kept features that is reused; 0 reuses the last feature.
         schedule: Takes the place of ``interval``.
         cache_interval: Another name for ``interval``, that of the package DeepCache.
         cache_branch_id: Another name for ``branch``.
@@ -194,6 +196,7 @@ def apply_deepcache(
         branch if cache_branch_id is None else cache_branch_id,
         schedule,
         reuse_ratio,
+        extrapolation=extrapolation,
     )
     return _apply_pass(pipe, step)
 
@@ -204,6 +207,7 @@ def apply_layer_cache(
     *,
     kinds: tuple[str, ...] = KINDS,
     reuse: Sequence[Sequence[int]] = (),
+    extrapolation: int = 0,
 ) -> CacheHandle:
     """Take attention and feed-forward branches of a pipeline's transformer from the last full evaluation.
 
@@ -216,12 +220,13 @@ def apply_layer_cache(
         kinds: ``attention``, ``mlp`` or both.
         reuse: For each evaluation of a run the numbers of the branches to take, such as ``router.reuse(0.1)``. The
             sampler must make as many evaluations.
+        extrapolation: Order of the polynomial through the last kept values that is reused; 0 reuses the last value.
 
     Raises:
         PreconditionError: The object has no denoiser or no scheduler, or a cache is in place already.
     """
     listed = tuple(tuple(numbers) for numbers in reuse)
-    return _apply_pass(pipe, InsertLayerCache(listed, interval, tuple(kinds)))
+    return _apply_pass(pipe, InsertLayerCache(listed, interval, tuple(kinds), extrapolation=extrapolation))
 
 
 def apply_plan(

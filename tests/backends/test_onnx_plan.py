@@ -144,11 +144,12 @@ class Residual(nn.Module):
 def test_layer_cache_of_several_patterns(tmp_path: Path) -> None:
     torch.manual_seed(1)
     program = capture(Residual(), (torch.randn(2, 6), torch.tensor([3, 3])))
-    step = InsertLayerCache(reuse=((), (0, 2), (), (1, 2, 3), (0, 2)))
+    step = InsertLayerCache(reuse=((), (0, 2), (), (1, 2, 3), (0, 2)), extrapolation=1)
     plan = Pipeline([step])(program).plan
     export_onnx(plan, tmp_path, providers=["cpu"])
     loaded = load_onnx_plan(tmp_path, ["cpu"])
-    assert loaded.schedule == plan.schedule and set(loaded.stages) == {"refresh", "reuse_0", "reuse_1"}
+    assert (loaded.extrapolation, loaded.schedule) == (1, plan.schedule)
+    assert set(loaded.stages) == {"refresh", "reuse_0", "reuse_1"}
     got, want = loaded.module(), plan.module()
     x = torch.randn(3, 6)
     outputs = []

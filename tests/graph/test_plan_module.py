@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -281,8 +280,66 @@ def test_a_register_is_not_written_over(program) -> None:
     module = PlanModule(plan_of(program, Uniform(5)))
     with torch.no_grad():
         module(noise(1), torch.tensor(90))
-        (kept,) = module._runs[""].registers.values()
+        (((_, kept),),) = module._runs[""].registers.values()
         before = kept.clone()
         for t in TIMES[1:]:
             module(noise(t), torch.tensor(t))
     assert torch.equal(kept, before)
+
+
+# ---------------------------------------------------------------------- extrapolation
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_reuse_reads_the_polynomial_through_the_last_full_evaluations(program, model, order) -> None:
+    step = InsertFeatureCache(interval_steps=2, extrapolation=order)
+    module = gw.Pipeline([step])(program).plan.module()
+    times = (90, 80, 70, 60, 50, 40, 30, 20)
+    x, kept, plain = noise(3), [], []
+    with torch.no_grad():
+        for i, time in enumerate(times):
+            got = module(x, torch.tensor(time))
+            value = None
+            if i % 2 == 0:
+                kept.append((float(i), model.deep(model.enter(x), torch.tensor(time))))
+            else:
+                # Newton's form, from the points that there are.
+                points = kept[-1 - order :]
+                value = _newton([p for p, _ in points], [v for _, v in points], float(i))
+                plain.append(float((value - kept[-1][1]).abs().max()))
+            want = model(x, torch.tensor(time), value)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            x = x - 0.05 * want
+    assert plain[0] == 0  # one full evaluation before it: nothing to extrapolate from
+    assert (max(plain) > 1e-3) is (order > 0)
+
+
+def _newton(places: list[float], values: list[Tensor], at: float) -> Tensor:
+    table = list(values)
+    for level in range(1, len(table)):
+        for j in range(len(table) - 1, level - 1, -1):
+            table[j] = (table[j] - table[j - 1]) / (places[j] - places[j - level])
+    result = table[-1]
+    for j in range(len(table) - 2, -1, -1):
+        result = table[j] + (at - places[j]) * result
+    return result
+
+
+def test_extrapolation_does_not_reach_over_another_size_or_another_run(program, model) -> None:
+    module = gw.Pipeline([InsertFeatureCache(interval_steps=2, extrapolation=1)])(program).plan.module()
+    with torch.no_grad():
+        for time in (90, 80, 70):
+            module(noise(1), torch.tensor(time))
+        other = noise(1)[:1]
+        torch.testing.assert_close(module(other, torch.tensor(60)), model(other, torch.tensor(60)))
+        module(other, torch.tensor(50))  # full, by the schedule
+        first = module(other, torch.tensor(40))
+        assert first.isfinite().all() and first.shape == other.shape
+        module(noise(2), torch.tensor(90))  # a new run
+        deep = model.deep(model.enter(noise(2)), torch.tensor(90))
+        torch.testing.assert_close(module(noise(3), torch.tensor(80)), model(noise(3), torch.tensor(80), deep))
+
+
+def test_a_negative_order_is_refused(program) -> None:
+    with pytest.raises(gw.PreconditionError, match="extrapolation must be 0 or more"):
+        gw.Pipeline([InsertFeatureCache(extrapolation=-1)])(program)

@@ -65,6 +65,7 @@ def run(plan: Plan, shape: tuple[int, ...], steps: int = 5) -> list[Tensor]:
 
 CASES = {
     "feature": (UShaped, InsertFeatureCache(interval_steps=2), (3, 8, 8)),
+    "extrapolated": (UShaped, InsertFeatureCache(interval_steps=2, extrapolation=1), (3, 8, 8)),
     "mask": (UShaped, InsertFeatureCache(schedule=masked("10100")), (3, 8, 8)),
     "layers": (Residual, InsertLayerCache(reuse=((), (0, 2), (), (1,), (0, 1, 2))), (6,)),
 }
@@ -83,6 +84,7 @@ def test_loaded_plan_runs_like_the_saved_one(case: str, tmp_path: Path) -> None:
     assert max(float((a - b).abs().max()) for a, b in zip(want, full, strict=True)) > 1e-3
     assert loaded.schedule == plan.schedule and loaded.registers == plan.registers
     assert (loaded.name, loaded.timestep, loaded.notes) == (plan.name, plan.timestep, plan.notes)
+    assert loaded.extrapolation == plan.extrapolation
 
 
 def test_stages_share_tensors_on_disk_and_in_memory(tmp_path: Path) -> None:
