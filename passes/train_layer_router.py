@@ -164,6 +164,12 @@ class _Training:
             return self.settings.lam
         return LAM_SHARE * float(self.all_reused.mean())
 
+    @property
+    def scale(self) -> float:
+        """Factor of the loss, so that the optimiser's epsilon means the same for results of any magnitude."""
+        all_reused = float(self.all_reused.mean())
+        return 1 / all_reused if all_reused else 1.0
+
     def run(self, sample: Sample, at_cheap: Callable[[Evaluation], Any]) -> None:
         settings = self.settings
         sampling_run(self.programs, sample, self.generator, settings.evaluations, settings.cheap, at_cheap)
@@ -190,7 +196,7 @@ class _Training:
             gates = row.sigmoid()
             student = self._gated(at, gates)
             error = self._error(at, student, teacher)
-            row.grad = torch.autograd.grad(error + self.lam * gates.sum(), row)[0]
+            row.grad = torch.autograd.grad((error + self.lam * gates.sum()) * self.scale, row)[0]
         self.errors[at.row] = error.detach()
         followed = teacher
         if settings.follow == "student":

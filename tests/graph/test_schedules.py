@@ -7,7 +7,7 @@ import json
 import pytest
 
 from graphwright.graph.errors import PreconditionError
-from graphwright.graph.schedules import Listed, Schedule, Uniform, at, centred, decode, masked
+from graphwright.graph.schedules import Listed, Schedule, Uniform, alternating, at, centred, decode, masked
 
 # evaluations, interval, center, power: what the released code of DeepCache computes, and what equation 7 says with the
 # power of a negative distance signed.
@@ -62,6 +62,28 @@ def test_masks_and_places() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "cheap"),
+    [
+        ((6,), (1, 3, 5)),
+        ((7,), (1, 3, 5)),
+        ((1,), ()),
+        ((8, 2), (2, 4, 6)),
+        # A last step of one evaluation, as of Heun's solver: it is the first of its step.
+        ((9, 2), (2, 4, 6, 8)),
+        ((8, 2, False), (1, 3, 5, 7)),
+        ((9, 2, False), (1, 3, 5, 7)),
+    ],
+)
+def test_alternating_evaluations_begin_with_a_full_one(arguments: tuple[int, ...], cheap: tuple[int, ...]) -> None:
+    assert alternating(*arguments) == cheap
+
+
+def test_shifted_solvers_of_two_evaluations_have_as_many_cheap_ones_as_published() -> None:
+    assert (len(alternating(50, 2)), len(alternating(20, 2))) == (24, 9)
+    assert (len(alternating(50)), len(alternating(50, 2, shifted=False))) == (25, 25)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: masked("0110"), "evaluation 0 must be a full one"),
@@ -75,6 +97,8 @@ def test_masks_and_places() -> None:
         (lambda: centred(50, 5, 15, 1.4, "exact"), "a mode of paper, reference"),
         (lambda: masked("100").programs(4), "runs of 3 evaluations, got 4"),
         (lambda: masked("100").program(3), "and this run goes on"),
+        (lambda: alternating(0), "a run of 1 or more"),
+        (lambda: alternating(9, 3), "1 or 2 a step, got 9 and 3"),
         (lambda: decode({"kind": "random"}), "kind 'random' is not known; known: uniform, listed"),
     ],
 )

@@ -93,6 +93,9 @@ class Sampler:
     def __init__(self, case: Any, steps: int) -> None:
         self.case, self.timesteps = case, torch.linspace(95, 5, steps).long()
 
+    def clock(self) -> Any:
+        return self.timesteps
+
     def run(self, denoiser: Any, before: Any = lambda i: None) -> Tensor:
         x = self.case.kwargs["hidden_states"][:1]
         for i, t in enumerate(self.timesteps):
@@ -136,7 +139,7 @@ def test_a_guided_run_of_ten_steps_equals_the_hooks(dit) -> None:
     case, program = dit
     made, sampler = router(), Sampler(case, 10)
     plan = gw.Pipeline([made.layer_cache()])(program).plan
-    module = plan.module(clock=lambda: sampler.timesteps)
+    module = plan.module(clock=sampler.clock)
     got, want = sampler.run(module), by_hand(case, sampler, made.reuse())
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     assert module.history().count("refresh") == 7 and len(set(module.history())) == 3
@@ -151,7 +154,7 @@ def test_a_sampler_of_another_length_is_refused(dit, steps: int) -> None:
     with pytest.raises(
         gw.PreconditionError, match=f"for runs of 10 evaluations, and the sampler will make {steps}; set it to 10"
     ):
-        sampler.run(plan.module(clock=lambda: sampler.timesteps))
+        sampler.run(plan.module(clock=sampler.clock))
 
 
 def test_without_a_clock_a_longer_run_is_refused(dit) -> None:
