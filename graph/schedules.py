@@ -156,6 +156,22 @@ def alternating(evaluations: int, per_step: int = 1, shifted: bool = True) -> tu
     return tuple(range(2 if per_step == 2 and shifted else 1, evaluations, 2))
 
 
+def warmed_up(evaluations: int, interval: int, first: int = 3) -> Listed:
+    """Return a schedule for extrapolation: full evaluations at first, the next but one, and from there every ``interval``.
+
+    A polynomial needs values that lie apart before its first use; TaylorSeer (arXiv 2503.06923) begins like this.
+
+    Raises:
+        PreconditionError: A number is below 1.
+    """
+    if min(evaluations, interval, first) < 1:
+        raise PreconditionError(
+            f"evaluations, interval and first must be 1 or more, got {evaluations}, {interval}, {first}"
+        )
+    regular = range(first + 1, evaluations, interval)
+    return at([i for i in range(evaluations) if i < first or i in regular], evaluations)
+
+
 def centred(evaluations: int, interval: int, center: float, power: float, mode: str = "paper") -> Listed:
     """Return the non-uniform 1:N schedule of DeepCache: full evaluations are denser around ``center``.
 

@@ -15,13 +15,12 @@ from torch import nn
 import graphwright as gw
 from graphwright.graph.cost import cost
 from graphwright.graph.errors import LoadError
-from graphwright.graph.schedules import Uniform
+from graphwright.graph.schedules import warmed_up
 from graphwright.tools.bench import cache as bench
 from graphwright.tools.bench import cache_bed, cache_cases, cache_deepcache, cache_hooks, cache_macs, cache_models
 from graphwright.tools.bench.cache_bed import Bed, counting
 from graphwright.tools.bench.cache_contenders import Contender, fewer_steps, ours
 from graphwright.tools.bench.cache_diffusers import theirs
-from graphwright.tools.bench.cache_extrapolated import Extrapolated, warmed_up
 from graphwright.tools.bench.cache_models import TINY_SD, conditional
 from graphwright.tools.bench.cache_rows import Row, Rows, cheapest_first, front
 
@@ -146,17 +145,15 @@ def test_our_caches_cost_less_and_an_interval_of_one_is_exact() -> None:
     assert exact["mac_ratio"] == 1 and exact["error"] < 1e-5
 
 
-def test_extrapolation_of_order_0_is_the_plan_and_of_order_1_is_closer_to_a_straight_line() -> None:
+def test_extrapolated_contenders_run_their_own_schedule_and_polynomial() -> None:
     bed = tiny_bed()
-    plan = gw.Pipeline([gw.InsertFeatureCache(branch=1)])(bed.program).plan
-    regular = replace(plan, schedule=Uniform(2))
-    assert torch.equal(bed.draw(Extrapolated(regular, 0)).pictures, bed.draw(regular.module()).pictures)
     assert warmed_up(12, 3).programs(12) == tuple("refresh" if i in (0, 1, 2, 4, 7, 10) else "reuse" for i in range(12))
-
-    line = Extrapolated(plan, 1)
-    line._kept = [(2, {"x": torch.tensor(10.0)}), (5, {"x": torch.tensor(16.0)})]
-    line._index = 7
-    assert float(line._at("x")) == pytest.approx(20.0)
+    plan = gw.Pipeline([gw.InsertFeatureCache(branch=0)])(bed.program).plan
+    plan.schedule = warmed_up(bed.steps, 2)
+    last, line = (bed.draw(replace(plan, extrapolation=order).module()).pictures for order in (0, 1))
+    assert float((line - last).abs().max()) > 0
+    (contender,) = [c for c in ours(bed) if (c.method, c.setting) == ("DeepCache extrapolated", "branch 0, N=2")]
+    assert torch.equal(bed.draw(contender.make()).pictures, line)
 
 
 def test_hooks_of_diffusers_are_measured_or_their_refusal_is_a_row() -> None:

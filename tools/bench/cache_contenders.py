@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 
 from ...graph.joins import residual_joins, skip_joins
 from ...graph.plan import Plan
-from ...graph.schedules import Schedule, Uniform, centred
+from ...graph.schedules import Schedule, Uniform, centred, warmed_up
 from ...passes.base import Pass, Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
 from ...passes.insert_layer_cache import KINDS, InsertLayerCache
 from .cache_bed import Bed, Model
-from .cache_extrapolated import Extrapolated, warmed_up
 
 INTERVALS = (2, 3, 5)
-# Of extrapolation.
+# Of extrapolation, as TaylorSeer's default.
 ORDER = 1
 # Shares of the uncached run's steps.
 FEWER = (0.8, 0.66, 0.5, 0.4, 0.34, 0.26, 0.2, 0.16, 0.1)
@@ -26,7 +25,7 @@ class Contender:
     """A way to draw that costs less.
 
     Attributes:
-        who: ``graphwright``, ``diffusers``, ``fewer steps``, or ``experiment`` for what is not offered yet.
+        who: ``graphwright``, ``diffusers`` or ``fewer steps``.
         method: Of which papers or libraries speak.
         setting: Of the method.
         make: Returns the model for one run.
@@ -83,10 +82,10 @@ def _extrapolated(bed: Bed, method: str, setting: str, plan: Callable[[], Plan])
     for interval in INTERVALS:
         schedule = warmed_up(bed.steps, interval)
         yield Contender(
-            "experiment",
+            "graphwright",
             f"{method} extrapolated",
             f"{setting}, N={interval}",
-            lambda schedule=schedule: Extrapolated(replace(plan(), schedule=schedule), ORDER),
+            lambda schedule=schedule: replace(plan(), schedule=schedule, extrapolation=ORDER).module(),
         )
 
 

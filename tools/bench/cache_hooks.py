@@ -16,7 +16,7 @@ from .cache_rows import Row, Rows
 
 MODELS = ("digits-ddpm", "digits-dit")
 UNCACHED, BASELINE = "uncached", "fewer steps"
-OURS, PEER = ("graphwright", "experiment"), "diffusers"
+OURS, PEER = ("graphwright",), "diffusers"
 CACHES = (*OURS, PEER)
 METRICS = {"error": "steps_error", "frechet": "steps_frechet"}
 
