@@ -95,7 +95,10 @@ class InsertFeatureCache(Pass):
 
 
 def _note(join: SkipJoin) -> str:
-    return f"the feature that enters {join.module or 'the network'} at {join.node.name} is kept"
+    note = f"the feature that enters {join.module or 'the network'} at {join.node.name} is kept"
+    if join.cut is join.main:
+        return note
+    return f"{note}, before it at {join.cut.name}: from there on it takes more than one way to the results"
 
 
 def _elements(plan: Plan) -> int:

@@ -178,6 +178,7 @@ def test_a_cut_moves_to_where_the_main_path_is_one_tensor() -> None:
         hook.remove()
         new = first(layout.model(**now))
     stages = result.plan.stages
+    assert f"before it at {join.cut.name}" in result.plan.notes[0]
     _, stale = run(stages["refresh"].program, before)
     torch.testing.assert_close(first(run(stages["reuse"].program, now, **stale)), want, rtol=0, atol=EQUAL)
     assert apart(want, new) > 1e-3 and apart(want, old) > 1e-3
