@@ -60,20 +60,18 @@ def skips_of(config: Any) -> int:
     return 1 + config.layers_per_block * blocks + blocks - 1 - nothing
 
 
-def from_zoo(name: str) -> Layout:
+def from_zoo(name: str, skips: int | None = None) -> Layout:
     entry: Any = ZOO[name].build()
-    second = entry.second[1]
+
+    def alone(value: Any) -> Any:
+        return value[:1] if isinstance(value, Tensor) and value.dim() else value
 
     def inputs(b: int) -> Inputs:
-        if b < 3:
-            return (
-                entry.kwargs
-                if b == 2
-                else pytree.tree_map(lambda v: v[:1] if isinstance(v, Tensor) and v.dim() else v, entry.kwargs)
-            )
-        return second
+        if b == 3:
+            return entry.second[1]
+        return entry.kwargs if b == 2 else pytree.tree_map(alone, entry.kwargs)
 
-    return Layout(entry.model, inputs, skips_of(entry.model.config), dynamic=entry.dynamic)
+    return Layout(entry.model, inputs, skips or skips_of(entry.model.config), dynamic=entry.dynamic)
 
 
 class Watch(TorchFunctionMode):

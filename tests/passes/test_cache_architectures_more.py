@@ -138,6 +138,7 @@ LAYOUTS: Mapping[str, Callable[[], Layout]] = {
     "unet3d": lambda: from_zoo("unet3d"),
     "audioldm2": lambda: from_zoo("unet_audioldm2"),
     "kandinsky22": lambda: from_zoo("unet_kandinsky22"),
+    "dance_diffusion": lambda: from_zoo("unet1d", 3),  # one a level, of three
     "u_vit": u_vit,
     "hunyuan_dit": hunyuan,
 }
