@@ -72,7 +72,7 @@ def train_layer_router(
     evaluations: int,
     cheap: Sequence[int] | None = None,
     lam: float | None = None,
-    lr: float = 0.01,
+    lr: float = 0.1,
     weight_decay: float = 0.0,
     rounds: int = 200,
     seed: int = 0,
@@ -97,7 +97,8 @@ def train_layer_router(
         evaluations: Of a run: its steps, or twice as many for a solver that evaluates twice a step.
         cheap: Numbers of the evaluations that may reuse; by default every second one, ``alternating(evaluations)``.
         lam: Price of an open gate. None takes 0.01 of the mean squared difference when every branch is reused.
-        lr: Of AdamW. The paper's text says 0.01, its published routers 0.001 and many more iterations.
+        lr: Of AdamW, the most that a logit moves in a round. The paper's text says 0.01 and its published routers 0.001,
+            with about two thousand steps for each evaluation; give as many ``rounds`` with these.
         weight_decay: Of AdamW.
         rounds: Sampling runs; each is one step for every cheap evaluation.
         seed: Of the first logits, which are normal, and of the generator.
