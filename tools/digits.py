@@ -164,7 +164,8 @@ def timesteps(batch: int = 64, stride: int = 1, seed: int = 0) -> tuple[Any, ...
     images = train[chosen]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(noise_seed))
     levels = range(0, scheduler.config["num_train_timesteps"], stride)
-    times = [torch.full((batch,), level, dtype=torch.int64) for level in levels]
+    # The scheduler's annotation asks for another class of tensor than it is documented to take.
+    times: list[Any] = [torch.full((batch,), level, dtype=torch.int64) for level in levels]
     return epsilon_loss, [NoisyBatch(scheduler.add_noise(images, noise, time), time, noise) for time in times]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.graph.plan import Plan
 from graphwright.graph.plan_module import PlanModule
-from graphwright.graph.schedules import Listed, Schedule, Uniform
+from graphwright.graph.schedules import Listed, Uniform
 from graphwright.passes.insert_feature_cache import InsertFeatureCache
 
 
@@ -49,7 +49,7 @@ def program(model: Tiny) -> gw.Program:
     return gw.capture(model, (x, torch.tensor(50)), None, dynamic)
 
 
-def plan_of(program: gw.Program, schedule: Schedule | None = None) -> Plan:
+def plan_of(program: gw.Program, schedule: Uniform | Listed | None = None) -> Plan:
     return gw.Pipeline([InsertFeatureCache(schedule=schedule or Uniform(2))])(program).plan
 
 

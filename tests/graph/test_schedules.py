@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_masks_and_places() -> None:
         ((9, 2, False), (1, 3, 5, 7)),
     ],
 )
-def test_alternating_evaluations_begin_with_a_full_one(arguments: tuple[int, ...], cheap: tuple[int, ...]) -> None:
+def test_alternating_evaluations_begin_with_a_full_one(arguments: tuple[Any, ...], cheap: tuple[int, ...]) -> None:
     assert alternating(*arguments) == cheap
 
 

@@ -76,6 +76,6 @@ def test_a_loop_of_another_length_is_refused(program: Program) -> None:
 
 
 @pytest.mark.parametrize("options", [{"evaluations": 1}, {"evaluations": 4, "rounds": 0}])
-def test_options_out_of_range_are_refused(options: dict[str, int]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="evaluations must be 2 or more"):
         LearnLayerCache(**options)

@@ -207,7 +207,8 @@ def test_ignore_takes_names_of_modules_and_refuses_what_matches_nothing() -> Non
     x = torch.randn(2, 4)
     _, result = removed(model, x, ratio=0.5, ignore=("0",))
     assert {w.group: w.after for w in result.widths} == {"0:hidden": 8, "2:hidden": 3}
-    for options in ({"ignore": ("encoder.0",)}, {"ratios": {"encoder.0": 0.1}}):
+    wrong: list[dict[str, Any]] = [{"ignore": ("encoder.0",)}, {"ratios": {"encoder.0": 0.1}}]
+    for options in wrong:
         with pytest.raises(
             PreconditionError, match=r"(ignore|ratios) of remove-channels: nothing of Sequential matches"
         ):

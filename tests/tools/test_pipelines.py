@@ -190,6 +190,7 @@ def test_a_pipeline_runs_on_the_onnx_runtime_like_on_the_plan(tmp_path: Path) ->
         with pytest.raises(gw.PreconditionError, match="there is no plan yet"):
             handle.export_onnx(tmp_path)
         want = drawn(pipe)
+        assert isinstance(handle.plan, gw.Plan)
         gw.save_plan(handle.plan, tmp_path / "saved")
         artifact = handle.export_onnx(tmp_path / "onnx", providers=["cpu"])
     assert artifact.max_difference < 1e-4
