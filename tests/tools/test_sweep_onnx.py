@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphwright.backends import onnx_export
+from graphwright.backends import onnx_file
 from graphwright.tools import sweep_onnx
 from graphwright.tools.sweep_onnx import OnnxRow, sweep, sweep_entry
 from graphwright.tools.zoo import ZOO, missing
@@ -78,7 +78,7 @@ def shift(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
 
 
 def test_file_that_computes_something_else_is_wrong(shift: Callable[[ModuleType], None]) -> None:
-    shift(onnx_export)
+    shift(onnx_file)
     shift(sweep_onnx)
     row = sweep_entry(entry("shifted", torch.tanh))
     assert row.status == "wrong" and row.reason.startswith("a relative difference of")
@@ -86,7 +86,7 @@ def test_file_that_computes_something_else_is_wrong(shift: Callable[[ModuleType]
 
 
 def test_program_that_is_imprecise_itself_is_compared_in_float64(shift: Callable[[ModuleType], None]) -> None:
-    shift(onnx_export)  # stands for a model that amplifies rounding
+    shift(onnx_file)  # stands for a model that amplifies rounding
     for dynamic, batch in ((None, "dynamic"), ({}, "static")):
         row = sweep_entry(entry("imprecise", torch.tanh, dynamic))
         assert (row.status, row.batch) == ("ok", batch) and row.reason.startswith("compared with float64")
