@@ -41,7 +41,7 @@ class LearnLayerCache(Pass):
     per_step: int = 1
     rounds: int = 200
     lam: float | None = None
-    lr: float = 0.01
+    lr: float = 0.1
     threshold: float = 0.1
     seed: int = 0
     timestep: str = "timestep"
