@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,14 +207,20 @@ def _names(members: Sequence[Sequence[Member]], kinds: Sequence[str], known: Seq
 
 
 def names_after(
-    groups: Sequence[CouplingGroup], known: Sequence[GroupName], cuts: Mapping[str, Mapping[int, Sequence[int]]]
+    groups: Sequence[CouplingGroup],
+    known: Sequence[GroupName],
+    cuts: Mapping[str, Mapping[int, Sequence[int]]],
+    gone: Collection[str] = (),
 ) -> tuple[GroupName, ...]:
     """Return what the analysis after a removal needs to give every group the name it has now.
+
+    The names of groups that are none any more stay known too: a later pass can tell them from names that never were.
 
     Args:
         groups: Those before the removal.
         known: What earlier removals noted.
         cuts: Kept indices by tensor and dimension.
+        gone: Names of the groups that the removal takes to width 1.
     """
     noted = {k.name for k in known}
     producers = [(g, _producer(g.members)) for g in groups]
@@ -222,7 +228,7 @@ def names_after(
     new = [
         named(g.name, p.name, p.dim, int(find(p.layout).size), p.positions())
         for g, p in producers
-        if g.name not in noted and (count[_base(p, g.kind)] > 1 or g.name != _base(p, g.kind))
+        if g.name not in noted and (g.name in gone or count[_base(p, g.kind)] > 1 or g.name != _base(p, g.kind))
     ]
     return cut_all([*known, *new], cuts)
 

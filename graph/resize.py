@@ -193,12 +193,13 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
     program.graph_module = work.graph_module
     program.version += 1
     cuts = {name: {d: cut.kept for d, cut in dims.items()} for name, dims in tensors.items()}
-    program.group_names = names_after(graph.groups, program.group_names, cuts)
     groups = {
         name: TensorCut(tuple(np.asarray(rz.kept(graph[name].axis)).tolist()), graph[name].size)
         for name in keep
         if rz.changed(graph[name].axis)
     }
+    gone = {name for name, cut in groups.items() if len(cut.kept) == 1}
+    program.group_names = names_after(graph.groups, program.group_names, cuts, gone)
     return RemovalRecord(groups, tensors)
 
 

@@ -146,9 +146,11 @@ class RemoveChannels(Pass):
         initial = {g.name: g.size for g in groups}
         if not initial:
             raise PreconditionError(f"{program.name} has no axis that can be removed: {_why_frozen(graph)}")
+        # Groups that an earlier pass took to width 1 are none any more, but their names are no mistakes.
+        known = {*initial, *(n.name for n in program.group_names)}
         for option, patterns in (("ignore", self.ignore), ("ratios", self.ratios)):
             for pattern in patterns:
-                if not _matches(pattern, (*initial, *program.tensors())):
+                if not _matches(pattern, known, program.tensors()):
                     modules = {name.rpartition(".")[0] for name in program.tensors()} - {""}
                     raise PreconditionError(
                         unknown(
@@ -234,11 +236,11 @@ class RemoveChannels(Pass):
         return scores, unscored, (len(scoring.losses), len(scoring.used))
 
     def _ratio(self, group: CouplingGroup) -> float:
-        names = (group.name, *(m.name for m in group.members))
-        if any(_matches(pattern, names) for pattern in self.ignore):
+        tensors = [m.name for m in group.members]
+        if any(_matches(pattern, (group.name,), tensors) for pattern in self.ignore):
             return 0.0
         for pattern, ratio in self.ratios.items():
-            if _matches(pattern, names):
+            if _matches(pattern, (group.name,), tensors):
                 return ratio
         if group.kind == "head":
             return self.head_ratio
@@ -260,9 +262,12 @@ class RemoveChannels(Pass):
         )
 
 
-def _matches(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a glob matches one of the names, or the name of a module that one of them is in."""
-    return any(fnmatchcase(name, glob) for glob in (pattern, f"{pattern}.*") for name in names)
+def _matches(pattern: str, groups: Iterable[str], tensors: Iterable[str]) -> bool:
+    """Whether a glob matches one of the groups, one of the tensors or the module of one of the tensors."""
+    # The second group of a layer is called NAME.2: it is no part of the first.
+    return any(fnmatchcase(name, pattern) for name in groups) or any(
+        fnmatchcase(name, glob) for glob in (pattern, f"{pattern}.*") for name in tensors
+    )
 
 
 def _width(group: CouplingGroup, record: RemovalRecord, plan: _Plan) -> GroupWidth:

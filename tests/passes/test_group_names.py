@@ -115,3 +115,22 @@ def test_records_that_did_not_follow_one_another_are_refused() -> None:
         first.then(first)
     with pytest.raises(PreconditionError, match="left 2 indices of group"):
         RemovalRecord(first.groups).then(RemovalRecord(first.groups))
+
+
+def test_options_may_name_a_group_that_an_earlier_pass_took_to_width_1_but_no_other() -> None:
+    torch.manual_seed(0)
+    sole = capture(
+        nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), (torch.ones(4, 5),)
+    )
+    names = [g.name for g in depgraph(sole).groups]
+    narrow = RemoveChannels(ratio=0.0, ratios={names[0]: 0.9}, round_to=1)
+    done = Pipeline([narrow, RemoveChannels(ratio=0.5, ignore=(names[0],))])(sole)
+    assert {n: len(cut.kept) for n, cut in done.removal.groups.items()} == {names[0]: 1, names[1]: 3}
+    with pytest.raises(PreconditionError, match="nothing of Sequential matches '0:hiden'"):
+        Pipeline([narrow, RemoveChannels(ratio=0.5, ignore=("0:hiden",))])(sole)
+
+
+def test_the_name_of_a_group_is_not_that_of_a_second_one_of_the_same_layer() -> None:
+    before = program(Split)
+    done = Pipeline([RemoveChannels(ratio=0.5, ignore=(NARROW,))])(before)
+    assert {n: len(cut.kept) for n, cut in done.removal.groups.items()} == {WIDE: 6}
