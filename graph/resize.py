@@ -164,7 +164,17 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
     graph = graph or depgraph(program)
     if graph.program is not program:
         raise PreconditionError("the coupling analysis is of another program; call depgraph on this one")
+    smaller, record = resized(graph, keep)
+    program.graph_module = smaller.graph_module
+    program.group_names = smaller.group_names
+    program.version += 1
+    return record
+
+
+def resized(graph: DepGraph, keep: Mapping[str, Any]) -> tuple[Program, RemovalRecord]:
+    """Do what `resize` does on a copy of the analysed program, which stays as it is; to try widths."""
     graph.check_current()
+    program = graph.program
     kept = check_keep(graph, dict(keep))
     rz = Resizer(graph.analysis, kept)
     for constraint in graph.analysis.constraints:
@@ -190,8 +200,6 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
     _record_shapes(rz, new_of, work)
     verify(work)
     work.graph_module.recompile()
-    program.graph_module = work.graph_module
-    program.version += 1
     cuts = {name: {d: cut.kept for d, cut in dims.items()} for name, dims in tensors.items()}
     groups = {
         name: TensorCut(tuple(np.asarray(rz.kept(graph[name].axis)).tolist()), graph[name].size)
@@ -199,8 +207,8 @@ def resize(program: Program, keep: Mapping[str, Any], graph: DepGraph | None = N
         if rz.changed(graph[name].axis)
     }
     gone = {name for name, cut in groups.items() if len(cut.kept) == 1}
-    program.group_names = names_after(graph.groups, program.group_names, cuts, gone)
-    return RemovalRecord(groups, tensors)
+    work.group_names = names_after(graph.groups, program.group_names, cuts, gone)
+    return work, RemovalRecord(groups, tensors)
 
 
 def reconcile(graph: DepGraph, keep: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

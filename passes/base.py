@@ -62,6 +62,7 @@ class Context:
             is passed to ``loss``. Without it every batch counts as one sample.
         sample: Sampling loop of a denoiser, for passes that learn on sampling runs: ``sample(denoise, generator)`` calls
             ``denoise`` as the model is called.
+        latency: Measures a program in seconds of a call, for passes that make it faster by a given fraction.
         progress: Called with ``(what, done, total)`` during long work.
     """
 
@@ -69,6 +70,7 @@ class Context:
     batches: Sequence[Any] = ()
     split: Callable[[Any], Sequence[Any]] | None = None
     sample: Callable[[Any, torch.Generator], Any] | None = None
+    latency: Callable[[Program], float] | None = None
     progress: Progress | None = None
     _cache: dict[Callable[[Program], Any], tuple[int, Program, Any]] = field(default_factory=dict, repr=False)
 

@@ -10,6 +10,9 @@ Formulas and defaults follow docs/methods/depgraph.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -66,6 +69,66 @@ def scoring_of(
         gradients.losses,
         gradients.used,
     )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of several groups.
+
+    Attributes:
+        groups: Those that have scores.
+        by_group: ``[group.size]`` by name.
+        unscored: Why the others have none, by name.
+        seen: How many calibration samples were looked at.
+        used: How many of them counted.
+    """
+
+    groups: tuple[CouplingGroup, ...] = ()
+    by_group: Mapping[str, Tensor] = field(default_factory=dict)
+    unscored: Mapping[str, str] = field(default_factory=dict)
+    seen: int = 0
+    used: int = 0
+
+
+def score_groups(
+    groups: Sequence[CouplingGroup],
+    program: Program,
+    how: tuple[str, str, str, bool],
+    ctx: Context,
+    seed: int = 0,
+    threshold: Threshold | None = None,
+) -> Scores:
+    """Score every index of every group.
+
+    Args:
+        groups: Of ``program``.
+        program: To be scored.
+        how: Criterion, reduction, normaliser, and whether biases count.
+        ctx: Holds the calibration; is told of the progress.
+        seed: For random scores.
+        threshold: Which calibration samples count; None for all.
+
+    Raises:
+        PreconditionError: As `scoring_of` and `importance`; or the criterion judges none of the groups.
+    """
+    if not groups:
+        return Scores()
+    scoring = scoring_of(program, how[0], ctx, seed, threshold)
+    scores: dict[str, Tensor] = {}
+    unscored: dict[str, str] = {}
+    for i, group in enumerate(groups):
+        try:
+            scores[group.name] = importance(group, scoring, *how)
+        except NotScoredError as err:
+            unscored[group.name] = str(err)
+        ctx.report("scoring", i + 1, len(groups))
+    if not scores:
+        raise PreconditionError(
+            f"the criterion {how[0]} scores none of the {len(groups)} groups of {program.name} "
+            f"({next(iter(unscored.values()))}); choose another criterion"
+        )
+    judged = tuple(g for g in groups if g.name in scores)
+    return Scores(judged, scores, unscored, len(scoring.losses), len(scoring.used))
 
 
 def scored_members(group: CouplingGroup, include_bias: bool) -> tuple[Member, ...]:

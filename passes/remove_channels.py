@@ -9,30 +9,29 @@ divisibility. The result carries the removal record. Paper: DepGraph: Towards An
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import ClassVar
-
-from torch import Tensor
 
 from ..graph.cost import cost
 from ..graph.depgraph import DepGraph, depgraph
-from ..graph.errors import PreconditionError, unknown
+from ..graph.errors import PreconditionError
 from ..graph.groups import CouplingGroup
 from ..graph.isomorphism import isomorphism_classes
 from ..graph.program import Program
-from ..graph.resize import RemovalRecord, reconcile, resize
+from ..graph.resize import RemovalRecord, reconcile, resize, resized
 from .base import Context, Pass, PassResult, Skipped
 from .calibration import Threshold
 from .criteria import CRITERIA
-from .importance import NotScoredError, importance, scoring_of
+from .group_ratios import HEAD_KINDS, GroupRatios
+from .importance import Scores, score_groups
 from .ranking import ROUNDINGS, Limits, global_widths, legal_width, local_widths, select
 from .reductions import NORMALISERS, REDUCTIONS
+from .targets import Target, quantity_of, solve, target_of
 
 SCOPES = ("local", "global", "isomorphic")
-HEAD_KINDS = ("head", "head group")
-HEAD_DIM_KINDS = ("head dim", "value dim")
+# A group that would lose everything keeps what the limits say.
+ALL = 1 - 1e-9
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,11 @@ class RemovalResult(PassResult):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one step removes: indices to keep by group, why a group was dropped, widths wanted before constraints.
-
-    ``samples`` are the calibration samples that were looked at, and those that counted.
-    """
+    """What one step removes: indices to keep by group, why a group was dropped, widths wanted before constraints."""
 
     keep: Mapping[str, list[int]] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     wanted: Mapping[str, float] = field(default_factory=dict)
-    samples: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +84,10 @@ class RemoveChannels(Pass):
         rounding: Where constraints do not allow a width: the ``nearest`` that they do, ``floor-removed`` (no more goes than
             was asked for) or ``floor-kept`` (no less goes).
         steps: Remove in this many steps, with new scores before each; the ratio grows linearly.
+        macs: Fraction of the multiply-accumulates that may stay. With this, `parameters` or `latency`, all ratios are
+            multiplied by one factor, the least that gets there; only their proportions matter.
+        parameters: Fraction of the parameters that may stay.
+        latency: Fraction of the latency that may stay, as `Context.latency` measures it.
         include_bias: Score biases too.
         loss_threshold: Calibrate on samples whose loss is above this fraction of the largest so far (arXiv 2305.10924).
         loss_stop: Whether the first sample below it ends the calibration; else all are looked at.
@@ -113,6 +112,9 @@ class RemoveChannels(Pass):
     round_to: int = 1
     rounding: str = "nearest"
     steps: int = 1
+    macs: float | None = None
+    parameters: float | None = None
+    latency: float | None = None
     include_bias: bool = False
     loss_threshold: float = 0.0
     loss_stop: bool = True
@@ -139,6 +141,21 @@ class RemoveChannels(Pass):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
 
+        _ = self._target
+
+    @property
+    def _target(self) -> Target | None:
+        return target_of({"macs": self.macs, "parameters": self.parameters, "latency": self.latency})
+
+    @property
+    def _ratios(self) -> GroupRatios:
+        heads = (self.head_ratio, self.head_group_ratio, self.head_dim_ratio)
+        return GroupRatios(self.ratio, *heads, self.ratios, self.ignore)
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self.max_ratio, self.min_width, self.round_to, self.rounding)
+
     def rewrite(self, program: Program, ctx: Context) -> PassResult:
         before = cost(program)
         graph = ctx.analysis(depgraph, program)
@@ -146,29 +163,28 @@ class RemoveChannels(Pass):
         initial = {g.name: g.size for g in groups}
         if not initial:
             raise PreconditionError(f"{program.name} has no axis that can be removed: {_why_frozen(graph)}")
-        # Groups that an earlier pass took to width 1 are none any more, but their names are no mistakes.
-        known = {*initial, *(n.name for n in program.group_names)}
-        for option, patterns in (("ignore", self.ignore), ("ratios", self.ratios)):
-            for pattern in patterns:
-                if not _matches(pattern, known, program.tensors()):
-                    modules = {name.rpartition(".")[0] for name in program.tensors()} - {""}
-                    raise PreconditionError(
-                        unknown(
-                            f"{option} of {self.name}: nothing of {program.name} matches", pattern, [*modules, *initial]
-                        )
-                    )
-        record, plan = RemovalRecord(), _Plan()
+        self._ratios.check(self.name, program, initial)
+        target = self._target
+        stats = {} if target is None else {f"{target.quantity}_before": quantity_of(target, program, ctx)}
+        record, plan, scored = RemovalRecord(), _Plan(), Scores()
         for step in range(1, self.steps + 1):
             graph = ctx.analysis(depgraph, program)
-            before_step = plan.wanted  # of groups that reached width 1 since, and are none any more
-            plan = self._plan(graph, program, ctx, initial, step / self.steps)
-            plan = replace(plan, wanted={**before_step, **plan.wanted})
+            scored = self._scored(graph, program, ctx, initial)
+            part = step / self.steps
+            if target is None:
+                proposed = self._plan(graph, scored, initial, part)
+            else:
+                goal = stats[f"{target.quantity}_before"] * (1 - (1 - target.fraction) * part)
+                proposed = self._solved(target, goal, graph, scored, initial, ctx)
+                stats[f"{target.quantity}_requested"] = goal
+            # Those before are of groups that reached width 1 since, and are none any more.
+            plan = replace(proposed, wanted={**plan.wanted, **proposed.wanted})
             if plan.keep:
                 record = record.then(resize(program, plan.keep, graph))
             ctx.report("removal", step, self.steps)
         after = cost(program)
         widths = [_width(g, record, plan) for g in groups]
-        stats = {
+        stats |= {
             "groups": len(initial),
             "groups_shrunk": len(record.groups),
             "indices_before": sum(initial.values()),
@@ -178,8 +194,10 @@ class RemoveChannels(Pass):
             "macs_before": before.total_macs,
             "macs_after": after.total_macs,
         }
-        if plan.samples[0]:
-            stats["calibration_samples_seen"], stats["calibration_samples_used"] = plan.samples
+        if self.latency is not None and target is not None:
+            stats["latency_after"] = quantity_of(target, program, ctx)
+        if scored.seen:
+            stats |= {"calibration_samples_seen": scored.seen, "calibration_samples_used": scored.used}
         skipped = tuple(
             Skipped(w.group, self._why_whole(g, w, plan))
             for g, w in zip(groups, widths, strict=True)
@@ -187,70 +205,48 @@ class RemoveChannels(Pass):
         )
         return RemovalResult(bool(record.groups), stats, skipped, record, widths=tuple(widths))
 
-    def _plan(self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int], part: float) -> _Plan:
-        ratios = {g.name: self._ratio(g) * part for g in graph.groups}
-        groups = [g for g in graph.groups if ratios[g.name] > 0 and g.name in initial]
-        if not groups:
-            return _Plan()
-        scores, unscored, samples = self._scores(groups, program, ctx)
-        groups = [g for g in groups if g.name in scores]
+    def _solved(
+        self, target: Target, goal: float, graph: DepGraph, scored: Scores, initial: Mapping[str, int], ctx: Context
+    ) -> _Plan:
+        """Return the plan of the least factor for all ratios that reaches the goal."""
+        ratios = [self._ratios.of(g) for g in scored.groups]
+
+        def quantity(plan: _Plan) -> float:
+            return quantity_of(target, resized(graph, plan.keep)[0] if plan.keep else graph.program, ctx)
+
+        widest = 1 / min(ratios, default=1.0)
+        plan = lambda factor: self._plan(graph, scored, initial, factor)  # noqa: E731
+        return solve(target, goal, widest, plan, quantity, ctx).plan
+
+    def _plan(self, graph: DepGraph, scored: Scores, initial: Mapping[str, int], factor: float) -> _Plan:
+        """Return what goes when every ratio is multiplied by ``factor``; ratios are of the initial widths."""
+        groups, scores = scored.groups, scored.by_group
+        ratios = {g.name: min(ALL, self._ratios.of(g) * factor) for g in groups}
         if self.scope == "local":
             wanted = local_widths(groups, ratios, initial)
         else:
             classes = isomorphism_classes(graph, groups) if self.scope == "isomorphic" else None
-            wanted = global_widths(groups, scores, ratios, initial, Limits(self.max_ratio, self.min_width), classes)
+            wanted = global_widths(groups, scores, ratios, initial, self._limits, classes)
         keep = {}
         for g in groups:
             # Alignment is about the widths of matrices; the number of heads is a batch dimension.
-            align = 1 if g.kind in HEAD_KINDS else self.round_to
-            width = legal_width(
-                g, wanted[g.name], initial[g.name], Limits(self.max_ratio, self.min_width, align, self.rounding)
-            )
+            limits = replace(self._limits, round_to=1) if g.kind in HEAD_KINDS else self._limits
+            width = legal_width(g, wanted[g.name], initial[g.name], limits)
             if width < g.size:
                 keep[g.name] = select(g, scores[g.name], width)
         keep, dropped = reconcile(graph, keep)
-        return _Plan(keep, unscored | dropped, wanted, samples)
+        return _Plan(keep, {**scored.unscored, **dropped}, wanted)
 
-    def _scores(
-        self, groups: Sequence[CouplingGroup], program: Program, ctx: Context
-    ) -> tuple[dict[str, Tensor], dict[str, str], tuple[int, int]]:
-        """Return the scores by group, why a group has none, and how many samples were looked at and counted."""
+    def _scored(self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int]) -> Scores:
+        """Score the groups that are to lose something."""
+        groups = [g for g in graph.groups if self._ratios.of(g) > 0 and g.name in initial]
         threshold = Threshold(self.loss_threshold, self.loss_stop) if self.loss_threshold else None
-        scoring = scoring_of(program, self.criterion, ctx, self.seed, threshold)
-        scores: dict[str, Tensor] = {}
-        unscored: dict[str, str] = {}
-        for i, g in enumerate(groups):
-            try:
-                scores[g.name] = importance(
-                    g, scoring, self.criterion, self.reduction, self.normaliser, self.include_bias
-                )
-            except NotScoredError as err:
-                unscored[g.name] = str(err)
-            ctx.report("scoring", i + 1, len(groups))
-        if not scores:
-            reason = next(iter(unscored.values()))
-            raise PreconditionError(
-                f"the criterion {self.criterion} scores none of the {len(groups)} groups of {program.name} "
-                f"({reason}); choose another criterion"
-            )
-        return scores, unscored, (len(scoring.losses), len(scoring.used))
-
-    def _ratio(self, group: CouplingGroup) -> float:
-        tensors = [m.name for m in group.members]
-        if any(_matches(pattern, (group.name,), tensors) for pattern in self.ignore):
-            return 0.0
-        for pattern, ratio in self.ratios.items():
-            if _matches(pattern, (group.name,), tensors):
-                return ratio
-        if group.kind == "head":
-            return self.head_ratio
-        if group.kind == "head group":
-            return self.head_group_ratio
-        return self.head_dim_ratio if group.kind in HEAD_DIM_KINDS else self.ratio
+        how = (self.criterion, self.reduction, self.normaliser, self.include_bias)
+        return score_groups(groups, program, how, ctx, self.seed, threshold)
 
     def _why_whole(self, group: CouplingGroup, width: GroupWidth, plan: _Plan) -> str:
         """Say why a group kept its width."""
-        if self._ratio(group) == 0:
+        if self._ratios.of(group) == 0:
             return "its ratio is 0 (ignored, or of a kind that was not asked for)"
         if group.name in plan.dropped:
             return plan.dropped[group.name]
@@ -260,14 +256,6 @@ class RemoveChannels(Pass):
             f"{width.before} of {width.before} stay where {width.wanted:.4g} were wanted: indices go in steps of "
             f"{group.step}, min_width {self.min_width}, max_ratio {self.max_ratio}, round_to {self.round_to}"
         )
-
-
-def _matches(pattern: str, groups: Iterable[str], tensors: Iterable[str]) -> bool:
-    """Whether a glob matches one of the groups, one of the tensors or the module of one of the tensors."""
-    # The second group of a layer is called NAME.2: it is no part of the first.
-    return any(fnmatchcase(name, pattern) for name in groups) or any(
-        fnmatchcase(name, glob) for glob in (pattern, f"{pattern}.*") for name in tensors
-    )
 
 
 def _width(group: CouplingGroup, record: RemovalRecord, plan: _Plan) -> GroupWidth:
