@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, final
 
@@ -60,18 +61,28 @@ class Context:
         batches: Calibration batches, each passed to ``loss`` as it is.
         split: Takes a batch apart into samples, for criteria that need one gradient per sample (``hessian``); each
             is passed to ``loss``. Without it every batch counts as one sample.
+        training: Batches to train on, gone through again and again, each passed to the loss as it is.
+        training_loss: Of the training; None for ``loss``.
         sample: Sampling loop of a denoiser, for passes that learn on sampling runs: ``sample(denoise, generator)`` calls
             ``denoise`` as the model is called.
         latency: Measures a program in seconds of a call, for passes that make it faster by a given fraction.
         progress: Called with ``(what, done, total)`` during long work.
+        checkpoints: Directory where long work leaves what it has done, so that it can go on after an interruption.
+        original: The program before all passes, the teacher of a distillation; a `Pipeline` fills it in.
+        removal: What the passes so far removed from the original; a `Pipeline` fills it in.
     """
 
     loss: Loss | None = None
     batches: Sequence[Any] = ()
     split: Callable[[Any], Sequence[Any]] | None = None
+    training: Iterable[Any] | None = None
+    training_loss: Loss | None = None
     sample: Callable[[Any, torch.Generator], Any] | None = None
     latency: Callable[[Program], float] | None = None
     progress: Progress | None = None
+    checkpoints: Path | None = None
+    original: Program | None = None
+    removal: RemovalRecord = field(default_factory=RemovalRecord)
     _cache: dict[Callable[[Program], Any], tuple[int, Program, Any]] = field(default_factory=dict, repr=False)
 
     def analysis(self, fn: Callable[[Program], T], program: Program) -> T:
@@ -96,11 +107,13 @@ class Pass(ABC):
         only_resizes: Whether `rewrite` changes the program by `resize` alone, which compiles and verifies what it
             leaves, so that doing both once more would find nothing.
         applies_to_plans: Whether each program of a plan can be rewritten for itself.
+        only_trains: Whether it changes values of tensors alone, so that plans of widths can leave it out.
     """
 
     name: ClassVar[str]
     only_resizes: ClassVar[bool] = False
     applies_to_plans: ClassVar[bool] = False
+    only_trains: ClassVar[bool] = False
 
     def requires(self, program: Program) -> None:  # noqa: B027 (a hook, not abstract)
         """Raise `PreconditionError` when ``program`` is outside this pass's domain."""
@@ -239,6 +252,9 @@ class Pipeline:
             GraphwrightError: What the failing pass raised, with a note of which pass and which came before.
         """
         context = context or Context()
+        original = program if isinstance(program, Program) else None
+        # A copy, since the caller may use the context for another model; analyses are shared.
+        context = replace(context, original=context.original or original)
         records = list[Record]()
         work = program.copy()
         for i, step in enumerate(self.passes):
@@ -251,6 +267,8 @@ class Pipeline:
                 err.add_note(f"in pass {step}; passes already applied: {done}")
                 raise
             work = result.output or work
+            if result.removal is not None:
+                context.removal = context.removal.then(result.removal)
             records.append(Record(step.name, str(step), time.perf_counter() - start, result))
         context.report("done", len(self.passes), len(self.passes))
         return PipelineResult(work, tuple(records))

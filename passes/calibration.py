@@ -64,7 +64,7 @@ def calibrate(program: Program, ctx: Context, squares: bool = False, threshold: 
     """
     if ctx.loss is None or not ctx.batches:
         raise PreconditionError("a gradient criterion needs calibration: give Context(loss=..., batches=[...])")
-    scratch, named = _handles(program)
+    scratch, named = handles(program)
     leaves = distinct(named.values())
     totals = _Totals(leaves, squares)
     for i, batch in enumerate(ctx.batches):
@@ -111,14 +111,14 @@ class _Totals:
         )
 
 
-def _handles(program: Program) -> tuple[Program, dict[str, nn.Parameter]]:
+def handles(program: Program) -> tuple[Program, dict[str, nn.Parameter]]:
     """Return a copy of ``program`` with parameters of its own that share the memory, and these by name."""
     scratch = program.copy()
-    handles: dict[Hashable, nn.Parameter] = {}
+    own: dict[Hashable, nn.Parameter] = {}
     named: dict[str, nn.Parameter] = {}
     for name, parameter in program.parameters().items():
         if parameter.is_floating_point() or parameter.is_complex():
-            named[name] = handles.setdefault(tensor_identity(parameter), nn.Parameter(parameter.detach()))
+            named[name] = own.setdefault(tensor_identity(parameter), nn.Parameter(parameter.detach()))
             set_tensor(scratch.graph_module, name, named[name])
     return scratch, named
 

@@ -57,6 +57,13 @@ def options(cls: type) -> tuple[Option, ...]:
 
 def _attributes(cls: type) -> dict[str, str]:
     """Return what a google docstring says under ``Attributes:``, by name."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        found |= _section(base)
+    return found
+
+
+def _section(cls: type) -> dict[str, str]:
     _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
     found: dict[str, str] = {}
     name = ""

@@ -21,6 +21,7 @@ BUILTIN = {
     "learn-layer-cache": "graphwright.passes.learn_layer_cache:LearnLayerCache",
     "remove-channels": "graphwright.passes.remove_channels:RemoveChannels",
     "remove-dropout": "graphwright.passes.remove_dropout:RemoveDropout",
+    "train-weights": "graphwright.passes.train_weights:TrainWeights",
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,6 +167,37 @@ def timesteps(batch: int = 64, stride: int = 1, seed: int = 0) -> tuple[Any, ...
     # The scheduler's annotation asks for another class of tensor than it is documented to take.
     times: list[Any] = [torch.full((batch,), level, dtype=torch.int64) for level in levels]
     return epsilon_loss, [NoisyBatch(scheduler.add_noise(images, noise, time), time, noise) for time in times]
+
+
+def training(batch: int = 32) -> tuple[Any, ...]:
+    """Return what trains a denoiser of digits, as a recipe's ``training`` wants it.
+
+    Digits, timesteps and noise are drawn from torch's generator, which the training seeds.
+
+    Args:
+        batch: Training digits in each.
+
+    Returns:
+        ``(loss, batches)``: `epsilon_loss`, and an iterable whose passes go through all train digits in a new order, with
+        new timesteps and noise.
+
+    Raises:
+        ValueError: Batch is not positive.
+    """
+    require_at_least(batch=(batch, 1))
+    return epsilon_loss, _NoisyEpochs(batch)
+
+
+class _NoisyEpochs:
+    """Noisy train digits, drawn anew from torch's generator in each pass."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[NoisyBatch]:
+        train, _ = digits_images()
+        for chosen in torch.randperm(len(train)).split(self.batch):
+            yield noisy_batch(train[chosen], int(torch.randint(2**31, ())))
 
 
 def samples(count: int = 256, steps: int = 25, seed: int = 0, shown: int = 32) -> Draw:

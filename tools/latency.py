@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..graph.program import Program
 from ..passes.base import Progress
+from .artifacts import export_onnx
+from .recipe_schema import Check, Measure, OnnxExport
 
 WARM_UP = 2
 LEAST_RUNS = 3
@@ -55,6 +60,31 @@ def measure(calls: Mapping[str, Call], runs: int, progress: Progress | None = No
         }
         for name, found in times.items()
     }
+
+
+def latency_of(options: Measure | None, onnx: OnnxExport | None) -> Callable[[Program], float]:
+    """Return what measures a program for a latency target: seconds of a call, the median of interleaved runs.
+
+    Args:
+        options: Threads, runs and batch.
+        onnx: Measure in ONNX Runtime, exported like this; None measures in PyTorch.
+    """
+    options = options or Measure()
+
+    def seconds(program: Program) -> float:
+        from .run_calls import Candidate, bound_calls
+
+        with tempfile.TemporaryDirectory() as scratch, torch_threads(options.threads), torch.no_grad():
+            export = None
+            if onnx is not None:
+                export = Path(scratch) / "onnx"
+                export_onnx(program, export, onnx, Check(second_shape=False))
+            candidate = Candidate("candidate", program, export, onnx.providers if onnx is not None else None)
+            calls = bound_calls([candidate], options.threads, options.batch)
+            name = list(calls)[-1]  # the export's, if there is one
+            return measure({name: calls[name]}, options.runs)[name]["median_ms"] / 1000
+
+    return seconds
 
 
 @contextmanager

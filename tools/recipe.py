@@ -100,7 +100,7 @@ def _built(data: dict[str, Any], name: str, lines: Mapping[Any, int], origin: Or
     try:
         values = dict(_sections(data))
         values["passes"] = _passes(data.get("passes", []))
-        for key in ("calibration", "samples"):
+        for key in ("calibration", "training", "sampling", "samples"):
             if isinstance(values.get(key), str):
                 values[key] = {"factory": values[key]}
         recipe = build(Recipe, values, "a recipe", "key")

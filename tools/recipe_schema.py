@@ -147,6 +147,8 @@ class Recipe:
         calibration: For criteria that need gradients. The factory returns ``(loss, batches)``, where
             ``loss(program, batch)`` is a scalar tensor, or ``(loss, batches, split)``, where ``split(batch)`` gives the
             samples of a batch.
+        training: For `train-weights`. The factory returns ``(loss, batches)`` as that of `calibration` does; the batches are
+            gone through again and again, such as those of a shuffling `DataLoader`.
         sampling: For passes that learn on sampling runs. The factory returns ``sample(denoise, generator)``, which makes one
             run and calls ``denoise`` as the model is called.
         passes: In order.
@@ -166,6 +168,7 @@ class Recipe:
     inputs: Mapping[str, InputTensor | bool | int | float | str | None] | None = None
     dynamic: Mapping[str, Mapping[int, str]] | None = None
     calibration: Factory | None = None
+    training: Factory | None = None
     sampling: Factory | None = None
     passes: tuple[Any, ...] = ()
     export: Export = field(default_factory=Export)

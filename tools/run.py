@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ import torch
 
 from ..graph.depgraph import depgraph
 from ..graph.errors import GraphwrightError
-from ..passes.base import Context, Pass, Pipeline
+from ..passes.base import Context, Pass
 from ..passes.options import plain
 from ..passes.text import show
 from . import artifacts
@@ -22,14 +21,15 @@ from .calibration import context_of
 from .factories import factory_key
 from .facts import cost_facts, frozen_facts, group_facts, input_facts, machine
 from .latency import measure, torch_threads
-from .outputs import Output, denoiser_of, load_output, output_cost, plan_facts, save_output
+from .outputs import Output, denoiser_of, load_output, save_output
 from .recipe_schema import Factory, Measure, Recipe
 from .run_calls import Candidate, bound_calls, models
-from .run_dir import PROGRAM, Finished, RunDirectory, pass_stage, write_atomic
+from .run_dir import PROGRAM, Finished, RunDirectory, hash_of, pass_stage, write_atomic
+from .run_pass import program_or_none, removal_so_far, run_pass
 from .samples import draw_samples
 from .source import Source, load_source
 
-RESOLVED, REMOVAL = "recipe.resolved.yaml", "removal.json"
+RESOLVED, CHECKPOINTS = "recipe.resolved.yaml", "checkpoints"
 CAPTURE, ONNX, ONNX_ORIGINAL, TORCHSCRIPT = "capture", "onnx", "onnx-original", "torchscript"
 SAMPLES, LATENCY = "samples", "latency"
 
@@ -121,7 +121,8 @@ class Runner:
         """
         # First, so that a factory with a wrong name costs no time.
         self._factories = {
-            name: factory_key(name, getattr(self.recipe, name)) for name in ("calibration", "sampling", "samples")
+            name: factory_key(name, getattr(self.recipe, name))
+            for name in ("calibration", "training", "sampling", "samples")
         }
         self._directory = RunDirectory.open(self.out, self.recipe.name)
         with self._directory.locked():
@@ -200,37 +201,32 @@ class Runner:
         name = pass_stage(index, step.name)
 
         def work(folder: Path) -> Any:
-            result = Pipeline([step])(self._output(before), self._context)
-            record = result.records[0]
-            if record.result.modified:
-                self._keep(name, result.output, folder)
-            if record.result.removal is not None:
-                text = json.dumps(record.result.removal.to_json(), separators=(",", ":"))
-                (folder / REMOVAL).write_text(text + "\n", encoding="utf-8")
-            return {
-                "program": name if record.result.modified else before.result["program"],
-                "name": step.name,
-                "text": show(step),
-                "modified": record.result.modified,
-                "stats": dict(record.result.stats),
-                "skipped": [{"site": s.site, "reason": s.reason} for s in record.result.skipped],
-                "widths": [vars(width) for width in getattr(record.result, "widths", ())],
-                "cost": output_cost(result.output),
-                "plan": plan_facts(result.output),
-            }
+            context = replace(
+                self._context,
+                checkpoints=checkpoints,
+                original=program_or_none(self._output(self._stages[0])),
+                removal=removal_so_far(self.out, self._stages),
+            )
+            output, facts = run_pass(step, self._output(before), context, folder)
+            if facts["modified"]:
+                self._keep(name, output, folder)
+            return {"program": name if facts["modified"] else before.result["program"], **facts}
 
         inputs = {
             "before": before.key,
             "pass": step.name,
             "options": plain(step),
             "calibration": self._factories["calibration"],
+            "training": self._factories["training"],
             "sampling": self._factories["sampling"],
         }
+        # By what the stage depends on: a checkpoint of another training is never taken up.
+        checkpoints = self.out / CHECKPOINTS / hash_of(inputs)[:16]
         return self._do(name, show(step), inputs, work)
 
     @cached_property
     def _context(self) -> Context:
-        return context_of(self.recipe.calibration, self.ui.progress, self.recipe.sampling)
+        return context_of(self.recipe, self.ui.progress)
 
     def _exported(self, last: Finished) -> None:
         onnx, check = self.recipe.export.onnx, self.recipe.check

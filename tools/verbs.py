@@ -70,7 +70,8 @@ def dry_run(recipe: Recipe, as_json: bool, quiet: bool, cache_dir: Path | None) 
             found = group_facts(depgraph(program))
             _note(from_cache, quiet)
             watch.begin("passes", "plan the passes")
-            result = Pipeline(recipe.passes)(program, context_of(recipe.calibration, watch.progress, recipe.sampling))
+            planned = [step for step in recipe.passes if not step.only_trains]
+            result = Pipeline(planned)(program, context_of(recipe, watch.progress))
     finally:
         watch.close()
     widths = [{"widths": [vars(w) for w in getattr(r.result, "widths", ())]} for r in result.records]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 def pipeline(kind: str = "StableDiffusionPipeline", scheduler: str = "DDIMScheduler", layers: int = 2) -> Any:
     """Return a pipeline with two levels, small widths and embeddings in place of a text encoder."""
     return tiny_pipeline(kind, scheduler, layers_per_block=layers)
+
+
+@pytest.fixture(autouse=True)
+def graphs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep captured graphs for all tests of this file: capturing the same network anew is most of their time."""
+    folder = tmp_path_factory.getbasetemp() / "graphs"
+    for name in ("apply_deepcache", "apply_layer_cache"):
+        monkeypatch.setattr(gw, name, functools.partial(getattr(gw, name), cache_dir=folder))
 
 
 def history(handle: Any) -> str:

@@ -357,7 +357,12 @@ def test_a_wrong_calibration_is_refused(factory: str, message: str, tiny: Write,
 
 
 def test_the_digits_calibration_takes_its_batches_apart() -> None:
-    context = context_of(Factory(factory="graphwright.tools.digits:calibration", options={"count": 2, "batch": 3}))
+    context = context_of(
+        Recipe(
+            model="builtin:digits-ddpm",
+            calibration=Factory(factory="graphwright.tools.digits:calibration", options={"count": 2, "batch": 3}),
+        )
+    )
     assert context.split is not None and len(context.batches) == 2
     samples = context.split(context.batches[0])
     assert len(samples) == 3

@@ -1,0 +1,160 @@
+"""What stands in the place of a pipeline's denoiser while a cache is in use, and the handle that takes it out again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..graph.cost import cost
+from ..graph.errors import PreconditionError
+from ..graph.plan import Plan, Staged
+from ..graph.schedules import REFRESH
+
+if TYPE_CHECKING:
+    from ..backends.onnx_export import OnnxArtifact
+
+MakePlan = Callable[[tuple[Any, ...], dict[str, Any]], Staged[Any]]
+
+
+class CachedDenoiser(nn.Module):
+    """Stands in for a denoiser: makes a plan at the first call, and follows the pipeline's sampler.
+
+    For inputs of another structure, of other sizes besides the batch, on another device, or other weights (adapters that
+    were loaded since) a plan is made anew. What changes neither, such as the scale of an adapter, is not seen: take the
+    cache out and put it in again. Everything else that a pipeline asks of it is answered by the denoiser.
+
+    Args:
+        denoiser: The pipeline's; never changed.
+        make: Makes the plan from the inputs of a call.
+        pipe: Whose sampler is followed.
+    """
+
+    def __init__(self, denoiser: nn.Module, make: MakePlan, pipe: Any) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.__dict__.update(_make=make, _pipe=pipe, _plans={}, _weights=None, _last=None, _context="")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.denoiser, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate like the denoiser.
+
+        Raises:
+            CaptureError: The denoiser cannot be captured at these inputs.
+            PreconditionError: The cache does not apply to it.
+        """
+        weights = [id(p) for p in self.denoiser.parameters()]
+        if weights != self._weights:
+            self._plans.clear()
+            self.__dict__["_weights"] = weights
+        key = _structure(args, kwargs)
+        if key not in self._plans:
+            plan = self._make(args, kwargs)
+            self._plans[key] = plan.module(clock=lambda: self._pipe.scheduler.timesteps)
+        module = self._plans[key]
+        if self._last is not None and self._last is not module:
+            self._last.reset()
+        self.__dict__["_last"] = module
+        with module.cache_context(self._context):
+            return module(*args, **kwargs)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Let the evaluations inside be a run of their own; pipelines that evaluate conditions apart call this."""
+        before = self._context
+        self.__dict__["_context"] = name
+        try:
+            yield
+        finally:
+            self.__dict__["_context"] = before
+
+    def reset(self) -> None:
+        """Forget what is kept; the next evaluation is a full one."""
+        for module in self._plans.values():
+            module.reset()
+
+
+class CacheHandle:
+    """What `apply_deepcache` and the others return: says what the cache does, and takes it out again.
+
+    Also a context manager: leaving it takes the cache out.
+    """
+
+    def __init__(self, pipe: Any, component: str, cached: CachedDenoiser) -> None:
+        self.pipe, self.component, self.cached = pipe, component, cached
+
+    @property
+    def plan(self) -> Staged[Any]:
+        """The plan of the last call: a `Plan`, unless the pipeline runs on an exported one.
+
+        Raises:
+            PreconditionError: The pipeline has not been called yet: the denoiser is captured at its first call.
+        """
+        if self.cached._last is None:
+            raise PreconditionError("there is no plan yet: the denoiser is captured when the pipeline is first called")
+        return self.cached._last.plan
+
+    def summary(self) -> str:
+        """Return what ran in the last run, what it cost, and the speed-up that the multiply-accumulates bound."""
+        plan = self.plan
+        ran = self.cached._last.history()
+        lines = [f"{plan.name}: {len(ran)} evaluations, {ran.count(REFRESH)} of them full"]
+        if isinstance(plan, Plan):
+            macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
+            spent, full = sum(macs[name] for name in ran), macs[REFRESH] * len(ran)
+            lines += [
+                f"  {name}: {value / 1e9:.2f} G MACs, {value / macs[REFRESH]:.1%}" for name, value in macs.items()
+            ]
+            if spent:
+                lines.append(
+                    f"  {spent / 1e9:.1f} of {full / 1e9:.1f} G MACs: at most {full / spent:.2f} times as fast"
+                )
+        return "\n".join([*lines, *(f"  {note}" for note in plan.notes)])
+
+    def export_onnx(self, directory: str | os.PathLike[str], **options: Any) -> OnnxArtifact:
+        """Export the plan of the last call; see `graphwright.export_onnx` for the options.
+
+        Raises:
+            PreconditionError: The pipeline has not been called yet, or runs on an export already.
+            ExportError: The plan cannot be exported.
+        """
+        from ..backends.onnx_export import export_onnx
+
+        plan = self.plan
+        if not isinstance(plan, Plan):
+            raise PreconditionError(f"{plan.name} runs on an exported plan already; its directory is the export")
+        return export_onnx(plan, directory, **options)
+
+    def disable(self) -> None:
+        """Give the pipeline its denoiser back. Nothing else of it was changed."""
+        if vars(self.pipe).get(self.component) is self.cached:
+            vars(self.pipe)[self.component] = self.cached.denoiser
+
+    def __enter__(self) -> CacheHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+
+def _structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """Return what a capture is valid for; the batch is free."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    batch = next((v.shape[0] for v in leaves if isinstance(v, Tensor) and v.dim()), None)
+
+    def of(value: Any) -> Hashable:
+        if not isinstance(value, Tensor):
+            return value if isinstance(value, Hashable) else repr(value)
+        shape = ["batch" if d == 0 and size == batch else size for d, size in enumerate(value.shape)]
+        return (*shape, value.dtype, value.device)
+
+    return str(spec), tuple(map(of, leaves))
