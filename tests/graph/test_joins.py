@@ -20,10 +20,7 @@ def captured(name: str) -> gw.Program:
 
 # Each block of the encoder, each of its downsamplers, and the first convolution has a skip connection.
 SKIPS = {
-    "unet2d": 6,
-    "unet_sd15": 8,
-    "unet_sdxl": 6,
-    "unet_spatio_temporal": 4,
+    "unet2d": 6,  # and those in tests/passes/test_cache_architectures_unet.py and _more.py
     "uvit": 1,
     "dit": 0,
     "flux": 0,

@@ -193,7 +193,7 @@ def test_a_second_cache_is_refused_and_the_first_still_works() -> None:
 
 def test_a_pipeline_runs_on_the_onnx_runtime_like_on_the_plan(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    pipe = pipeline()
+    pipe = pipeline(layers=1)
     without = drawn(pipe)
     with gw.apply_deepcache(pipe, interval=2, branch=1) as handle:
         with pytest.raises(gw.PreconditionError, match="there is no plan yet"):
