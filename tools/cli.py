@@ -27,6 +27,10 @@ BENCHMARKS = {
         "graphwright.tools.bench.cache:main",
         "caches of diffusion models, beside published counts, the package DeepCache and the hooks of diffusers",
     ),
+    "pruning": (
+        "graphwright.tools.bench.pruning:main",
+        "quality against multiply-accumulates of pruned networks, for every criterion and scope",
+    ),
     "published-counts": (
         "graphwright.tools.bench.published_counts:main",
         "parameters and multiply-accumulates of published pruned networks, from their configurations",
