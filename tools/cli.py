@@ -31,6 +31,10 @@ BENCHMARKS = {
         "graphwright.tools.bench.pruning:main",
         "quality against multiply-accumulates of pruned networks, for every criterion and scope",
     ),
+    "diff-pruning": (
+        "graphwright.tools.bench.diffusion_pruning:main",
+        "criteria for the channels of a diffusion model, before and after fine-tuning",
+    ),
     "published-counts": (
         "graphwright.tools.bench.published_counts:main",
         "parameters and multiply-accumulates of published pruned networks, from their configurations",
