@@ -39,6 +39,10 @@ BENCHMARKS = {
         "graphwright.tools.bench.published_counts:main",
         "parameters and multiply-accumulates of published pruned networks, from their configurations",
     ),
+    "learned-routers": (
+        "graphwright.tools.bench.learned_routers:main",
+        "a router that learned on the digit transformer, beside others of its size",
+    ),
     "routers": (
         "graphwright.tools.bench.routers:main",
         "what routers of Learning-to-Cache remove, and what that saves",
