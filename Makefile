@@ -53,8 +53,14 @@ demo: $(STAMP) ## Run the demo recipe end to end into out/demo
 .PHONY: test
 test: export OMP_NUM_THREADS := 1
 test: export HF_HUB_OFFLINE := 1
-test: $(STAMP) ## Run all tests on two processes (PYTEST_ARGS adds arguments)
-	$(BIN)/pytest -n 2 --dist worksteal --hypothesis-profile ci --durations 15 $(PYTEST_ARGS)
+test: $(STAMP) ## Run the tests on two processes (PYTEST_ARGS adds arguments)
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal --hypothesis-profile ci --durations 15 $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: export OMP_NUM_THREADS := 1
+test-slow: export HF_HUB_OFFLINE := 1
+test-slow: $(STAMP) ## Run what `make test` leaves out: many more architectures, and the benchmarks in small
+	$(BIN)/pytest -m slow -n 2 --dist worksteal --hypothesis-profile ci --durations 15 $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(STAMP) ## Lint, formatting, types, layers and packaging

@@ -27,6 +27,7 @@ class Scoring:
         tensors: Parameters and buffers.
         gradients: Calibration gradients, summed over the samples; for the criteria in `NEEDS_GRADIENTS`.
         squared_gradients: Means over the samples of the squared gradients; for those in `NEEDS_SQUARED_GRADIENTS`.
+        activations: Mean magnitude of what layers read, by weight and dimension; for ``activation``.
         layer_outputs: ``(weight name, dimension)`` of what convolutions and linear layers produce; for ``fpgm``.
         batch_norm_scales: Names of the batch norms' weights; for ``bn-scale``.
         seed: For ``random``.
@@ -37,6 +38,7 @@ class Scoring:
     tensors: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    activations: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     layer_outputs: frozenset[tuple[str, int]] = frozenset()
     batch_norm_scales: frozenset[str] = frozenset()
     seed: int = 0
@@ -133,7 +135,14 @@ def bn_scale(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) 
     return [slice_sums(scoring.weight(m).abs(), m) for m in members if m.name in scoring.batch_norm_scales]
 
 
+def activation(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score an index by the mean of ``|x|`` that the layers behind it read there, on calibration batches."""
+    found = [m for m in members if (m.name, m.dim) in scoring.activations]
+    return [gathered(scoring.activations[m.name, m.dim], m) for m in found]
+
+
 CRITERIA: dict[str, Criterion] = {
+    "activation": activation,
     "bn-scale": bn_scale,
     "fpgm": fpgm,
     "hessian": hessian,
@@ -149,6 +158,7 @@ NEEDS_SQUARED_GRADIENTS = frozenset({"hessian"})
 
 # What it means when a criterion judges no member of a group.
 UNJUDGED = {
+    "activation": "no convolution or linear layer with a weight of its own reads it",
     "bn-scale": "no batch norm with a weight carries it",
     "fpgm": "no weight of a convolution or linear layer produces it",
 }
@@ -163,7 +173,7 @@ def layer_outputs(program: Program) -> frozenset[tuple[str, int]]:
     Weights that are computed (weight normalisation) are not listed: no parameter of theirs is the layer's weight.
     """
     found = set()
-    names = _first_names(program)
+    names = first_names(program)
     for node in program.nodes:
         layer, weight = layer_of(node), weight_of(node)
         if layer is None or not isinstance(weight, Node) or weight.op != "get_attr":
@@ -177,11 +187,11 @@ def layer_outputs(program: Program) -> frozenset[tuple[str, int]]:
 def batch_norm_scales(program: Program) -> frozenset[str]:
     """Return the names of the weights of all batch norms."""
     weights = (arg(node, 1, "weight") for node in program.nodes if base_name(node).endswith("batch_norm"))
-    names = _first_names(program)
+    names = first_names(program)
     return frozenset(names[str(w.target)] for w in weights if isinstance(w, Node) and w.op == "get_attr")
 
 
-def _first_names(program: Program) -> dict[str, str]:
+def first_names(program: Program) -> dict[str, str]:
     """Return for each tensor the name under which the coupling analysis lists it: the first of a tied one."""
     tensors = program.tensors()
     first: dict[Hashable, str] = {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..graph.errors import PreconditionError
 from ..graph.groups import CouplingGroup, Member
 from ..graph.program import Program
+from .activations import activation_means
 from .base import Context
 from .calibration import Gradients, Threshold, calibrate
 from .criteria import (
@@ -63,6 +64,7 @@ def scoring_of(
         program.tensors(),
         gradients.sums,
         gradients.squared_means,
+        activation_means(program, ctx or Context()) if criterion == "activation" else {},
         layer_outputs(program),
         batch_norm_scales(program),
         seed,

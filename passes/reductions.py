@@ -60,6 +60,7 @@ NORMALISERS: dict[str, Normaliser] = {
     "sum": lambda s: _ratio(s, s.sum()),
     "mean": lambda s: _ratio(s, s.mean()),
     "max": lambda s: _ratio(s, s.amax()),
+    "median": lambda s: _ratio(s, s.median()),
     "standardise": lambda s: _ratio(s - s.amin(), s.amax() - s.amin()),
     "gaussian": lambda s: _ratio(s - s.mean(), s.std(correction=min(1, len(s) - 1))),
     "lamp": _lamp,

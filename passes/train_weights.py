@@ -18,9 +18,10 @@ from ..graph.errors import PreconditionError
 from ..graph.program import Program, distinct, set_tensor
 from .base import Context, Pass, PassResult
 from .calibration import handles
-from .distillation import DISTANCES, Distilled, Watched, feature_nodes, kept_dimensions
+from .distillation import DISTANCES, Distilled, feature_nodes, kept_dimensions
 from .sparse_training import PENALTIES
 from .trainer import Training, train
+from .watched import Watched
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ from graphwright.tools.zoo import ZOO
 from graphwright.tools.zoo.diffusers_models import CROSS, LATENT, make, states, steps
 from graphwright.tools.zoo.entry import case, image, source, tensors
 
+pytestmark = pytest.mark.slow
+
 Inputs = dict[str, Any]
 # Where a branch leaves the eager model: a module, and which part of its result (an entry, or tokens of it), None for all.
 Tap = tuple[str, int | slice | None]

@@ -20,6 +20,8 @@ from graphwright.tools.zoo import ZOO
 from graphwright.tools.zoo.diffusers_models import CROSS, LATENT, make, states, steps
 from graphwright.tools.zoo.entry import image, source
 
+pytestmark = pytest.mark.slow
+
 
 class UViT(nn.Module):
     """A transformer with long skip connections: tokens of the first half are concatenated to those of the second."""

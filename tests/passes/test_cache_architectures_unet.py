@@ -16,6 +16,8 @@ from cache_oracle import EQUAL, Checks, Inputs, Layout, Plans, apart, eager, fir
 from graphwright.tools.zoo.diffusers_models import CROSS, LATENT, make, states, steps
 from graphwright.tools.zoo.entry import image, source
 
+pytestmark = pytest.mark.slow
+
 
 def unconditional(size: int, widths: tuple[int, ...], attention: int, dynamic: Any = None) -> Layout:
     kinds = ["AttnDownBlock2D" if i == attention else "DownBlock2D" for i in range(len(widths))]

@@ -118,6 +118,7 @@ NORMALISE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sum": lambda v: v / v.sum(),
     "mean": lambda v: v / v.mean(),
     "max": lambda v: v / v.max(),
+    "median": lambda v: v / sorted(v)[(len(v) - 1) // 2],
     "standardise": lambda v: (v - v.min()) / (v.max() - v.min()),
     "gaussian": lambda v: (v - v.mean()) / v.std(ddof=1),
     "lamp": lamp,
@@ -290,7 +291,7 @@ def test_normalisers_are_finite_for_equal_zero_and_single_scores(normaliser: str
         assert torch.isfinite(NORMALISERS[normaliser](scores)).all()
 
 
-@pytest.mark.parametrize("normaliser", ["sum", "mean", "max", "standardise", "gaussian", "lamp", "top"])
+@pytest.mark.parametrize("normaliser", ["sum", "mean", "max", "median", "standardise", "gaussian", "lamp", "top"])
 def test_normalised_scores_do_not_depend_on_the_scale_of_the_gradients(normaliser: str) -> None:
     scores = torch.tensor([0.3, 1.0, 0.1, 2.0, 0.7], dtype=torch.float64)
     # A power of two scales without rounding.

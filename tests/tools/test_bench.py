@@ -21,6 +21,8 @@ from graphwright.tools.bench.chains import chain, fit
 from graphwright.tools.bench.llama import Llama, plan
 from graphwright.tools.bench.pruners import ours, runs, theirs
 
+pytestmark = pytest.mark.slow
+
 
 class Attention(nn.Module):
     """Width 16, 4 heads of 4, as a projection's names tell Torch-Pruning."""

@@ -27,7 +27,7 @@ from graphwright.tools.bench.cache_rows import Row, Rows, cheapest_first, front
 pytest.importorskip("diffusers")
 pytest.importorskip("DeepCache")
 pytest.importorskip("sklearn")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
 
 # One layer a block, no attention outside the middle: captured in a moment. 4 branches.

@@ -11,6 +11,8 @@ import torch
 import graphwright as gw
 from graphwright.tools.bench import routers
 
+pytestmark = pytest.mark.slow
+
 TOKENS, WIDTH = 256, 1152
 ATTENTION, MLP = 4 * TOKENS * WIDTH**2, 8 * TOKENS * WIDTH**2
 

@@ -10,6 +10,8 @@ from graphwright.tools.bench import published_counts
 from graphwright.tools.bench.published_counts import Count, rows
 from graphwright.tools.bench.published_networks import NETWORKS
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("diffusers")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from ...passes.trainer import Training, train
 from .pruning_models import DigitResNet, DigitViT, pitch_accuracy, pitch_targets, pretrained_crepe, tones
 
 Batch = tuple[Tensor, Tensor]
+
+RESNET = Training(steps=350, learning_rate=4e-3, decay="cosine", warmup=20)
+VIT = Training(steps=900, learning_rate=2e-3, weight_decay=0.05, decay="cosine", warmup=50)
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,12 @@ class Bed:
 
 def resnet(seed: int) -> Bed:
     """Return the residual network, trained from this seed."""
-    return _digits(DigitResNet, seed, Training(steps=350, learning_rate=4e-3, decay="cosine", warmup=20, seed=seed))
+    return _digits(DigitResNet, replace(RESNET, seed=seed))
 
 
 def vit(seed: int) -> Bed:
     """Return the vision transformer, trained from this seed."""
-    training = Training(steps=900, learning_rate=2e-3, weight_decay=0.05, decay="cosine", warmup=50, seed=seed)
-    return _digits(DigitViT, seed, training, {"head_dim_ratio": 0.5})
+    return _digits(DigitViT, replace(VIT, seed=seed), {"head_dim_ratio": 0.5})
 
 
 def crepe(seed: int) -> Bed:
@@ -77,11 +79,10 @@ def crepe(seed: int) -> Bed:
 SUBJECTS: dict[str, Callable[[int], Bed]] = {"resnet": resnet, "vit": vit, "crepe": crepe}
 
 
-def _digits(
-    build: Callable[[], nn.Module], seed: int, training: Training, options: Mapping[str, Any] | None = None
-) -> Bed:
+def _digits(build: Callable[[], nn.Module], training: Training, options: Mapping[str, Any] | None = None) -> Bed:
     """Return a classifier of digits, trained on the train split and judged on the rest."""
     (images, held_out), (labels, held_out_labels) = digits_images(), digits_labels()
+    seed = training.seed
     torch.manual_seed(seed)
     model = build().train()
     train(model, classification, Shuffled(images, labels, 64), training)
