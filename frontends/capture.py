@@ -22,6 +22,7 @@ from ..graph.program import Program
 from ..graph.signature import signature_of
 from .branches import guards_of, without_idle
 from .plain_graph import plain_graph
+from .quick_trace import quick_trace
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def _export(
         for module, _ in modes:
             module.training = False
         # Export writes the Python code of about thirty intermediate graphs, a fifth of its time; lazily, of none.
-        with _use_lazy_graph_module(True), warnings.catch_warnings():
+        with _use_lazy_graph_module(True), quick_trace(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", _RESTORED_LISTS, UserWarning)
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes if labels else None, strict=False)
     finally:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.graph import CodeGen
 
 from ..graph.program import copy_graph_module
 
@@ -19,19 +19,56 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def plain_graph(exported: torch.export.ExportedProgram) -> tuple[GraphModule, pytree.TreeSpec]:
-    """Return the graph of an exported program, which returns a flat tuple, and the structure of its result."""
-    with _use_lazy_graph_module(True):  # its code is not run
-        gm = exported.module(check_guards=False)
-    assert isinstance(gm, GraphModule)
-    out_spec = gm._out_spec
+    """Return the graph of an exported program, which returns a flat tuple, and the structure of its result.
+
+    The exported program is used up: its graph is rewritten. ``exported.module()`` would copy it three times and write
+    the Python code of each copy.
+    """
+    gm, out_spec = exported.graph_module, exported.call_spec.out_spec
     assert out_spec is not None
-    gm.graph.set_codegen(CodeGen())
+    _read_state(gm, exported)
     _flatten_output(gm)
     _inline_mode_regions(gm)
     _drop_checks(gm)
-    gm = copy_graph_module(gm)  # without the input checks that torch.export hooks to its module
+    gm = copy_graph_module(gm)
     gm.graph.lint()
     return gm, out_spec
+
+
+def _read_state(gm: GraphModule, exported: torch.export.ExportedProgram) -> None:
+    """Let the graph read parameters, buffers and constants from its module, where export makes inputs of them."""
+    for part in gm.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            node.meta.pop("tensor_meta", None)  # which `quick_trace` left empty
+    signature = exported.graph_signature
+    # Before its passes, an exported program writes its buffers with operators and returns none of them.
+    assert all(spec.kind is OutputKind.USER_OUTPUT for spec in signature.output_specs)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            continue
+        assert spec.target is not None
+        stored = exported.state_dict if spec.target in exported.state_dict else exported.constants
+        # Constants of the code count as persistent: a state dict without them would not be the whole state.
+        _register(gm, spec.target, stored[spec.target], persistent=spec.persistent is not False)
+        with gm.graph.inserting_after(node):
+            read = gm.graph.create_node("get_attr", spec.target)
+        read.meta = node.meta
+        node.replace_all_uses_with(read)
+        gm.graph.erase_node(node)
+
+
+def _register(gm: GraphModule, name: str, value: Any, persistent: bool) -> None:
+    owner: nn.Module = gm
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        owner.register_buffer(leaf, value, persistent)
+    else:
+        setattr(owner, leaf, value)
 
 
 def _flatten_output(gm: GraphModule) -> None:
