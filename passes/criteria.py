@@ -29,6 +29,7 @@ class Scoring:
         squared_gradients: Means over the samples of the squared gradients; for those in `NEEDS_SQUARED_GRADIENTS`.
         activations: Mean magnitude of what layers read, by weight and dimension; for ``activation``.
         layer_outputs: ``(weight name, dimension)`` of what convolutions and linear layers produce; for ``fpgm``.
+        layer_inputs: The same of what they read; for ``group-fpgm``.
         batch_norm_scales: Names of the batch norms' weights; for ``bn-scale``.
         seed: For ``random``.
         losses: Of the calibration samples that were looked at.
@@ -40,6 +41,7 @@ class Scoring:
     squared_gradients: Mapping[str, Tensor] = field(default_factory=dict)
     activations: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     layer_outputs: frozenset[tuple[str, int]] = frozenset()
+    layer_inputs: frozenset[tuple[str, int]] = frozenset()
     batch_norm_scales: frozenset[str] = frozenset()
     seed: int = 0
     losses: tuple[float, ...] = ()
@@ -121,13 +123,19 @@ def fpgm(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> l
     A filter near the geometric median of its layer can be replaced by the others. Only what convolutions and linear
     layers produce is judged (Filter Pruning via Geometric Median, 1811.00250).
     """
-    scores = []
-    for member in members:
-        if (member.name, member.dim) in scoring.layer_outputs:
-            # In float64, since the fast form of the distance subtracts numbers that are nearly equal.
-            rows = slice_rows(scoring.weight(member).double(), member)
-            scores.append(torch.cdist(rows, rows).sum(1))
-    return scores
+    return _distances(scoring, [m for m in members if (m.name, m.dim) in scoring.layer_outputs])
+
+
+def group_fpgm(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score every slice of a convolution or linear layer, of what reads the index too, as `fpgm` does filters."""
+    layers = scoring.layer_outputs | scoring.layer_inputs
+    return _distances(scoring, [m for m in members if (m.name, m.dim) in layers])
+
+
+def _distances(scoring: Scoring, members: Sequence[Member]) -> list[Tensor]:
+    # In float64, since the fast form of the distance subtracts numbers that are nearly equal.
+    rows = (slice_rows(scoring.weight(m).double(), m) for m in members)
+    return [torch.cdist(r, r).sum(1) for r in rows]
 
 
 def bn_scale(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
@@ -145,6 +153,7 @@ CRITERIA: dict[str, Criterion] = {
     "activation": activation,
     "bn-scale": bn_scale,
     "fpgm": fpgm,
+    "group-fpgm": group_fpgm,
     "hessian": hessian,
     "magnitude-l1": magnitude(1),
     "magnitude-l2": magnitude(2),
@@ -161,18 +170,20 @@ UNJUDGED = {
     "activation": "no convolution or linear layer with a weight of its own reads it",
     "bn-scale": "no batch norm with a weight carries it",
     "fpgm": "no weight of a convolution or linear layer produces it",
+    "group-fpgm": "no weight of a convolution or linear layer produces or reads it",
 }
 
 
 # ---------------------------------------------------------------------- what weights are to the layers that read them
 
 
-def layer_outputs(program: Program) -> frozenset[tuple[str, int]]:
-    """Return ``(weight name, dimension)`` of what convolutions, linear layers and products with a parameter produce.
+def layer_sides(program: Program) -> tuple[frozenset[tuple[str, int]], frozenset[tuple[str, int]]]:
+    """Return what convolutions, linear layers and products with a parameter produce, and what they read.
 
-    Weights that are computed (weight normalisation) are not listed: no parameter of theirs is the layer's weight.
+    Both as ``(weight name, dimension)``. Weights that are computed (weight normalisation) are not listed: no parameter of
+    theirs is the layer's weight.
     """
-    found = set()
+    outputs, inputs = set(), set()
     names = first_names(program)
     for node in program.nodes:
         layer, weight = layer_of(node), weight_of(node)
@@ -180,8 +191,9 @@ def layer_outputs(program: Program) -> frozenset[tuple[str, int]]:
             continue
         rank = weight.meta["val"].dim()
         if rank >= 2:
-            found.add((names[str(weight.target)], layer.outputs % rank))
-    return frozenset(found)
+            outputs.add((names[str(weight.target)], layer.outputs % rank))
+            inputs.add((names[str(weight.target)], layer.inputs % rank))
+    return frozenset(outputs), frozenset(inputs)
 
 
 def batch_norm_scales(program: Program) -> frozenset[str]:
@@ -208,5 +220,5 @@ __all__ = [
     "Criterion",
     "Scoring",
     "batch_norm_scales",
-    "layer_outputs",
+    "layer_sides",
 ]

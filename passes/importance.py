@@ -29,7 +29,7 @@ from .criteria import (
     UNJUDGED,
     Scoring,
     batch_norm_scales,
-    layer_outputs,
+    layer_sides,
 )
 from .reductions import NORMALISERS, REDUCTIONS
 
@@ -65,7 +65,7 @@ def scoring_of(
         gradients.sums,
         gradients.squared_means,
         activation_means(program, ctx or Context()) if criterion == "activation" else {},
-        layer_outputs(program),
+        *layer_sides(program),
         batch_norm_scales(program),
         seed,
         gradients.losses,

@@ -31,6 +31,10 @@ BENCHMARKS = {
         "graphwright.tools.bench.pruning:main",
         "quality against multiply-accumulates of pruned networks, for every criterion and scope",
     ),
+    "pruners": (
+        "graphwright.tools.bench.pruning_peer:main",
+        "the same criteria and ratios by graphwright and by Torch-Pruning",
+    ),
     "diff-pruning": (
         "graphwright.tools.bench.diffusion_pruning:main",
         "criteria for the channels of a diffusion model, before and after fine-tuning",
