@@ -192,6 +192,11 @@ def test_fpgm_is_the_sum_of_distances_to_the_other_filters_unsquared_weights() -
         want = [sum(float((a - b).norm()) for b in rows) for a in rows]
         # The input side of the next layer takes no part: one member is scored.
         np.testing.assert_allclose(importance(group, scoring, "fpgm", "sum").numpy(), want, rtol=1e-6)
+    reads = model[2].weight.detach().transpose(0, 1).flatten(1)
+    rows = model[0].weight.detach().flatten(1)
+    both = [sum(float((a - b).norm()) for b in r) for r in (rows, reads) for a in r]
+    want = [(both[i] + both[i + 6]) / 2 for i in range(6)]
+    np.testing.assert_allclose(importance(first, scoring, "group-fpgm").numpy(), want, rtol=1e-6)
 
 
 def test_fpgm_calls_a_filter_at_the_geometric_median_the_least_important() -> None:

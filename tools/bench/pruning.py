@@ -61,6 +61,8 @@ CONTENDERS = (
     Contender("magnitude-l2"),
     Contender("magnitude-l2", "lamp"),
     Contender("fpgm"),
+    Contender("group-fpgm"),
+    Contender("activation"),
     Contender("bn-scale"),
     Contender("taylor"),
     Contender("taylor-multivariable"),

@@ -42,6 +42,7 @@ CRITERIA: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "magnitude-l2": ("MagnitudeImportance", {"p": 2}, {"criterion": "magnitude-l2"}),
     "lamp": ("LAMPImportance", {"p": 2}, {"criterion": "magnitude-l2", "normaliser": "lamp"}),
     "fpgm": ("FPGMImportance", {}, {"criterion": "fpgm"}),
+    "group-fpgm": ("FPGMImportance", {}, {"criterion": "group-fpgm"}),
     "bn-scale": ("BNScaleImportance", {}, {"criterion": "bn-scale"}),
     "taylor": ("TaylorImportance", {}, {"criterion": "taylor"}),
     "hessian": ("HessianImportance", {}, {"criterion": "hessian"}),
