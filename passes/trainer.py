@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -142,7 +144,7 @@ def train(
     if any(p.is_meta for p in named.values()):
         raise PreconditionError(f"{type(module).__name__} has weights on the meta device; load them first")
     home, began = next(iter(named.values())).device, time.perf_counter()
-    with _accelerator(training) as accelerator, torch.random.fork_rng():
+    with _accelerator(training) as accelerator, _random_states():
         torch.manual_seed(training.seed)
         run = _Run(module, training, accelerator, folder, penalty)
         resumed = run.resume()
@@ -310,6 +312,18 @@ def _add_gradients(module: nn.Module, gradients: Mapping[str, Tensor]) -> None:
 
 def _difference(before: Mapping[str, Any], now: Training) -> str:
     return ", ".join(f"{k} was {before.get(k)!r} and is {v!r}" for k, v in asdict(now).items() if before.get(k) != v)
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    """Leave all generators as they were; loading a checkpoint sets Python's and NumPy's too."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

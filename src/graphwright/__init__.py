@@ -44,8 +44,11 @@ _WHERE = {
     "RemoveDropout": "passes.remove_dropout",
     "Scoring": "passes.criteria",
     "Skipped": "passes.base",
+    "TrainWeights": "passes.train_weights",
+    "Training": "passes.trainer",
     "VerificationError": "graph.errors",
     "WriteBackError": "graph.errors",
+    "alternate": "passes.alternate",
     "apply_deepcache": "tools.pipelines",
     "apply_layer_cache": "tools.pipelines",
     "apply_plan": "tools.pipelines",
@@ -68,6 +71,7 @@ _WHERE = {
     "save_plan": "graph.serialize",
     "save_program": "graph.serialize",
     "skip_joins": "graph.joins",
+    "train": "passes.trainer",
     "train_layer_router": "passes.train_layer_router",
     "unregister_rule": "graph.rules",
     "verify": "graph.verify",
@@ -113,6 +117,7 @@ if TYPE_CHECKING:
     from .graph.serialize import save_plan as save_plan
     from .graph.serialize import save_program as save_program
     from .graph.verify import verify as verify
+    from .passes.alternate import alternate as alternate
     from .passes.base import Context as Context
     from .passes.base import Pass as Pass
     from .passes.base import PassResult as PassResult
@@ -131,6 +136,9 @@ if TYPE_CHECKING:
     from .passes.router_files import import_router as import_router
     from .passes.sparse_training import group_lasso_gradients as group_lasso_gradients
     from .passes.train_layer_router import train_layer_router as train_layer_router
+    from .passes.train_weights import TrainWeights as TrainWeights
+    from .passes.trainer import Training as Training
+    from .passes.trainer import train as train
     from .tools.pipelines import apply_deepcache as apply_deepcache
     from .tools.pipelines import apply_layer_cache as apply_layer_cache
     from .tools.pipelines import apply_plan as apply_plan

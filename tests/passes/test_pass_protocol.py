@@ -21,10 +21,13 @@ from graphwright.passes.base import Context, Pass, PassResult, Pipeline, fingerp
 from graphwright.passes.text import parse, show
 
 # Options with which a pass finds a site in `Sites`; a new pass whose defaults do not gets a line here.
-OPTIONS: dict[str, dict[str, Any]] = {"learn-layer-cache": {"evaluations": 4, "rounds": 2, "threshold": 0.5}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "learn-layer-cache": {"evaluations": 4, "rounds": 2, "threshold": 0.5},
+    "train-weights": {"steps": 2},
+}
 
 # A second application of these does it again, since their options are relative to what they are given.
-NOT_IDEMPOTENT = {"remove-channels"}
+NOT_IDEMPOTENT = {"remove-channels", "train-weights"}
 
 # Passes that make a plan of a denoiser; `Sites` is none, and the promises below are kept in other words.
 PLANS = frozenset({"insert-feature-cache", "insert-layer-cache", "learn-layer-cache"})
@@ -84,7 +87,7 @@ def run(denoise: Callable[..., Tensor], generator: torch.Generator) -> Tensor:
 
 
 def context() -> Context:
-    return Context(loss=lambda p, x: p(x).square().mean(), batches=[X], sample=run)
+    return Context(loss=lambda p, x: p(x).square().mean(), batches=[X], training=[X], sample=run)
 
 
 def text(program: Program) -> list[str]:
