@@ -8,11 +8,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from ..graph.errors import CaptureError, first_line
@@ -21,6 +22,7 @@ from ..graph.interface import InputSpec
 from ..graph.program import Program
 from ..graph.signature import signature_of
 from .branches import guards_of, without_idle
+from .direct_trace import direct_trace
 from .plain_graph import plain_graph
 from .quick_trace import quick_trace
 
@@ -76,23 +78,22 @@ def capture(
         notes.append("the example batch was doubled to 2: an example batch of 1 would fix the batch size")
     try:
         with _labels_are_equal(model, names, labels):
-            exported = _export(model, leaves, in_spec, labels)
+            traced = _trace(model, leaves, in_spec, names, labels)
     except Exception as err:
         if not by_default:
             raise _capture_error(model, err) from err
         try:
-            exported = _export(model, leaves, in_spec, {})
+            traced = _trace(model, leaves, in_spec, names, {})
         except Exception:
             raise _capture_error(model, err) from err
         labels = {}
         notes.append(f"the batch is static: {first_line(_capture_error(model, err))}")
         logger.warning("%s: %s", type(model).__name__, notes[-1])
-    gm, out_spec = plain_graph(exported)
-    guards = guards_of(model, exported, names)
+    gm, out_spec, guards = traced
     notes += [f"not checked when it runs: {text}" for text in guards if not understood(text, names)]
     guards = [text for text in guards if understood(text, names)]
     guards = without_idle(
-        guards, gm, names, leaves, labels, lambda larger: plain_graph(_export(model, larger, in_spec, {}))[0]
+        guards, gm, names, leaves, labels, lambda larger: _trace(model, larger, in_spec, names, {}).graph_module
     )
     inputs = tuple(
         _input_spec(name, leaf, labels.get(i, {})) for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
@@ -102,6 +103,29 @@ def capture(
     program.signature = signature_of(model.forward)
     program.own_state()
     return program
+
+
+class _Traced(NamedTuple):
+    graph_module: GraphModule
+    out_spec: pytree.TreeSpec
+    guards: list[str]
+
+
+def _trace(
+    model: nn.Module, leaves: list[Any], in_spec: pytree.TreeSpec, names: list[str], labels: dict[int, dict[int, str]]
+) -> _Traced:
+    """Return the graph, in evaluation mode; that of fixed sizes without `torch.export`, if it can be had without."""
+    # Writing the Python code of each intermediate graph is a fifth of the time; lazily, none is written.
+    with _evaluation(model), _use_lazy_graph_module(True):
+        if not any(labels.values()):
+            try:
+                return _Traced(*direct_trace(model, leaves, in_spec, names), [])
+            # Whatever stops it, a fault of the model too, is said by torch.export, or is not in its way.
+            except Exception as err:
+                logger.info("%s goes through torch.export: %s", type(model).__name__, first_line(err))
+        exported = _export(model, leaves, in_spec, labels)
+        guards = guards_of(model, exported, names)
+        return _Traced(*plain_graph(exported), guards)
 
 
 def _export(
@@ -116,17 +140,21 @@ def _export(
     bound_leaves, bound_spec = pytree.tree_flatten(dict(bound))
     order = _match_leaves(bound_leaves, leaves)
     shapes = pytree.tree_unflatten([marks[i] for i in order], bound_spec)
+    with quick_trace(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _RESTORED_LISTS, UserWarning)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes if labels else None, strict=False)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in evaluation mode, and keep torch from logging each failing operator with its whole stack."""
     modes = [(m, m.training) for m in model.modules() if m.training]
-    # What went wrong is in the exception; torch also logs each failing operator with its whole stack.
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    silent, log.disabled = log.disabled, True
+    silent, log.disabled = log.disabled, True  # what went wrong is in the exception
     try:
         for module, _ in modes:
             module.training = False
-        # Export writes the Python code of about thirty intermediate graphs, a fifth of its time; lazily, of none.
-        with _use_lazy_graph_module(True), quick_trace(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", _RESTORED_LISTS, UserWarning)
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes if labels else None, strict=False)
+        yield
     finally:
         log.disabled = silent
         for module, mode in modes:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 
-from ..graph.program import copy_graph_module
+from ..graph.program import copy_graph_module, register
 
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
@@ -50,25 +49,12 @@ def _read_state(gm: GraphModule, exported: torch.export.ExportedProgram) -> None
         assert spec.target is not None
         stored = exported.state_dict if spec.target in exported.state_dict else exported.constants
         # Constants of the code count as persistent: a state dict without them would not be the whole state.
-        _register(gm, spec.target, stored[spec.target], persistent=spec.persistent is not False)
+        register(gm, spec.target, stored[spec.target], persistent=spec.persistent is not False)
         with gm.graph.inserting_after(node):
             read = gm.graph.create_node("get_attr", spec.target)
         read.meta = node.meta
         node.replace_all_uses_with(read)
         gm.graph.erase_node(node)
-
-
-def _register(gm: GraphModule, name: str, value: Any, persistent: bool) -> None:
-    owner: nn.Module = gm
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        owner.register_buffer(leaf, value, persistent)
-    else:
-        setattr(owner, leaf, value)
 
 
 def _flatten_output(gm: GraphModule) -> None:

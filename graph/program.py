@@ -195,6 +195,20 @@ def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
     setattr(owner, name, value)
 
 
+def register(root: nn.Module, name: str, value: Any, persistent: bool) -> None:
+    """Give ``root`` a parameter, a buffer or a constant of a dotted name."""
+    owner = root
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        owner.register_buffer(leaf, value, persistent)
+    else:
+        setattr(owner, leaf, value)
+
+
 def written(gm: GraphModule) -> list[str]:
     """Return the names of the tensors that operators of the graph write into, through views too."""
     owner: dict[Node, Node] = {}  # of a value the tensor of the module that it is, or is a view of
@@ -222,11 +236,16 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     output = next(iter(reversed(gm.graph.nodes)))
     graph.output(result)
     next(iter(reversed(graph.nodes))).meta = dict(output.meta)
-    copied = GraphModule(gm, graph, class_name=type(gm).__name__)
+    return graph_module(gm, graph, type(gm).__name__)
+
+
+def graph_module(root: nn.Module, graph: torch.fx.Graph, class_name: str = "GraphModule") -> GraphModule:
+    """Return a module that runs ``graph`` on what it reads of ``root``, which keeps what its state dict leaves out."""
+    made = GraphModule(root, graph, class_name=class_name)
     # GraphModule copies referenced attributes only and forgets which buffers are not persistent.
     # It also leaves out modules of which the graph reads nothing.
-    modules = dict(copied.named_modules())
-    for name, module in gm.named_modules():
+    modules = dict(made.named_modules())
+    for name, module in root.named_modules():
         if name in modules:
             modules[name]._non_persistent_buffers_set |= module._non_persistent_buffers_set
-    return copied
+    return made
