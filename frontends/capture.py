@@ -22,7 +22,6 @@ from ..graph.interface import InputSpec
 from ..graph.program import Program
 from ..graph.signature import signature_of
 from .branches import guards_of, without_idle
-from .direct_trace import direct_trace
 from .plain_graph import plain_graph
 from .quick_trace import quick_trace
 
@@ -119,6 +118,9 @@ def _trace(
     with _evaluation(model), _use_lazy_graph_module(True):
         if not any(labels.values()):
             try:
+                # Made of private parts of torch, which come and go between versions.
+                from .direct_trace import direct_trace
+
                 return _Traced(*direct_trace(model, leaves, in_spec, names), [])
             # Whatever stops it, a fault of the model too, is said by torch.export, or is not in its way.
             except Exception as err:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _compiling_state_context, _fakify_params_buffers
 from torch._ops import OpOverload, _pop_mode_from_pre_dispatch, _set_mode_pre_dispatch
 from torch._subclasses.fake_impls import fast_detach
@@ -26,6 +27,7 @@ from torch.export._trace import _ignore_backend_decomps
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import BaseTorchFunctionMode
 
 from ..graph.program import graph_module, register
 from .named_tensors import named_tensors
@@ -61,32 +63,41 @@ def direct_trace(
     named = named_tensors(model)
     if any(type(t) not in (nn.Parameter, Tensor) for t in (*named.values(), *filter(_is_tensor, leaves))):
         raise NotDirect("a tensor of a class of its own")
+    _require_plain(leaves)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         fake = _fakify_params_buffers(mode, model)
         inputs = [mode.from_tensor(leaf.detach(), static_shapes=True) if _is_tensor(leaf) else leaf for leaf in leaves]
-    recorder = _Recorder(mode)
+    recorder = _Recorder(mode, _tensor_attributes(model))
     for name, tensor in fake.items():
         recorder.attribute(name, named[name], tensor)
     for name, leaf in zip(names, inputs, strict=True):
         recorder.placeholder(name, leaf)
     args, kwargs = pytree.tree_unflatten(inputs, in_spec)
+    # Weights are exchanged inside of what is put back: recurrent layers keep lists of theirs.
     with (
         _attributes_kept(model),
         _reparametrize_module(model, fake, tie_weights=True, strict=True, stack_weights=True),
+        _attributes_kept(model) as changed,
         recorder.recording(model),
     ):
         result = model(*args, **kwargs)
+    weights = set(map(id, fake.values()))
+    for key, value in changed:
+        if any(_is_tensor(leaf) and id(leaf) not in weights for leaf in pytree.tree_leaves(value)):
+            raise NotDirect(f"forward keeps a tensor in {key}")
     flat, out_spec = pytree.tree_flatten(result)
+    _require_plain(flat)
     return recorder.finish(model, flat), out_spec
 
 
 class _Recorder(ProxyTorchDispatchMode):
     """Writes down the operators that are called; of torch's class, since torch lets no other stand at this place."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, mode: FakeTensorMode, attributes: Mapping[int, str]) -> None:
         super().__init__(PythonKeyTracer(), "fake", pre_dispatch=True)
         self.mode = mode
+        self.attributes = attributes
         self.graph = Graph()
         self.lines = SourceLines()
         self.entered: dict[str, tuple[str, str]] = {}
@@ -104,8 +115,7 @@ class _Recorder(ProxyTorchDispatchMode):
         self.state[name] = tensor
         # The module's own tensor too: recurrent layers keep a list of their weights.
         for seen in (fake, tensor):
-            if self._node_of(seen) is None:
-                self._bind(seen, node)
+            self._bind(seen, node)
         return node
 
     def placeholder(self, name: str, leaf: Any) -> None:
@@ -122,8 +132,10 @@ class _Recorder(ProxyTorchDispatchMode):
         with (
             _compiling_state_context(),
             _ignore_backend_decomps(),
-            torch._dispatch.python.enable_python_dispatcher(),
+            enable_python_dispatcher(),
             _modules_entered(model, self.entered),
+            # As under torch.export: layers take no fused path (`nn.TransformerEncoderLayer`) where a mode looks on.
+            BaseTorchFunctionMode(),
             self.mode,
         ):
             _set_mode_pre_dispatch(self)
@@ -136,7 +148,7 @@ class _Recorder(ProxyTorchDispatchMode):
         """Return the graph with what it reads."""
         self.graph.output(tuple(self._argument(value) for value in results))
         for node in reversed(self.graph.nodes):
-            if not node.users and node.target is _ATEN.detach.default:
+            if not node.users and node.target in (_ATEN.detach.default, operator.getitem):
                 self.graph.erase_node(node)
         kept = self.constants | set(model.state_dict())
         root = nn.Module()
@@ -196,7 +208,9 @@ class _Recorder(ProxyTorchDispatchMode):
     def _constant(self, tensor: Tensor) -> Node:
         if type(tensor) is not Tensor:
             raise NotDirect("a tensor that no operator gave")
-        name = f"lifted_tensor_{len(self.constants)}"
+        # Named as torch.export does: an attribute by its name, others after the module that reads it first.
+        path = list(self.entered.values())[-1][0] if self.entered else ""
+        name = self.attributes.get(id(tensor)) or f"{path}.lifted_tensor_{len(self.constants)}".lstrip(".")
         self.constants.add(name)
         fake = self.mode.from_tensor(tensor, static_shapes=True)
         assert self.first_input is not None
@@ -236,47 +250,57 @@ def _modules_entered(model: nn.Module, entered: dict[str, tuple[str, str]]) -> I
         nn.Module.__call__ = original
 
 
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Put attributes of the modules back as they were.
+def _tensor_attributes(model: nn.Module) -> dict[int, str]:
+    """Return the names of the tensors that are neither parameters nor buffers, by id."""
+    return {
+        id(value): f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is Tensor
+    }
 
-    Raises:
-        NotDirect: There was something to put back.
-    """
-    before = [(module, {key: (value, _contents(value)) for key, value in vars(module).items()}) for module in model.modules()]
+
+def _require_plain(leaves: Sequence[Any]) -> None:
+    """Leave the refusal of what no graph takes or returns to `torch.export`."""
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf, (Tensor, bool, int, float, str)):
+            raise NotDirect(f"an object of type {type(leaf).__name__}")
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[list[tuple[str, Any]]]:
+    """Put attributes of the modules back as they were; yield a list to which is added what had changed."""
+    changed: list[tuple[str, Any]] = []
+    before = [(m, {key: (value, _contents(value)) for key, value in vars(m).items()}) for m in model.modules()]
     try:
-        yield
+        yield changed
     finally:
-        changed = [name for module, attributes in before for name in _restored(module, attributes)]
-    if changed:
-        raise NotDirect(f"forward sets {changed[0]}")
+        for module, attributes in before:
+            changed += _restored(vars(module), attributes).items()
 
 
 def _contents(value: Any) -> Any:
     return value.copy() if isinstance(value, (list, dict, set)) else None
 
 
-def _restored(module: nn.Module, before: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """Put back what changed; return its names."""
-    now, changed = vars(module), []
-    for key in [key for key in now if key not in before]:
-        changed.append(key)
-        del now[key]
+def _restored(now: dict[str, Any], before: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Put back what changed; return what it had become."""
+    changed = {key: now.pop(key) for key in list(now) if key not in before}
     for key, (value, contents) in before.items():
-        if key not in now or now[key] is not value and not _same(now[key], contents):
-            changed.append(key)
         if key not in now or now[key] is not value:
+            changed[key] = now.get(key)
             now[key] = value
         if contents is not None and not _same(value, contents):
-            changed.append(key)
+            changed[key] = value.copy()
             value.clear()
             value.extend(contents) if isinstance(value, list) else value.update(contents)
     return changed
 
 
 def _same(value: Any, contents: Any) -> bool:
-    if type(value) is not type(contents) or len(value) != len(contents):
-        return False
+    """Whether a container still holds the objects that it held."""
     if isinstance(value, dict):
-        return list(value) == list(contents) and all(a is b for a, b in zip(value.values(), contents.values(), strict=True))
-    return all(a is b for a, b in zip(value, contents, strict=True))
+        if list(value) != list(contents):
+            return False
+        value, contents = value.values(), contents.values()
+    return len(value) == len(contents) and all(a is b for a, b in zip(value, contents, strict=True))
