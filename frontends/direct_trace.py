@@ -213,7 +213,6 @@ class _Recorder(ProxyTorchDispatchMode):
         name = self.attributes.get(id(tensor)) or f"{path}.lifted_tensor_{len(self.constants)}".lstrip(".")
         self.constants.add(name)
         fake = self.mode.from_tensor(tensor, static_shapes=True)
-        assert self.first_input is not None
         with self.graph.inserting_before(self.first_input):
             return self.attribute(name, tensor, fake)
 
