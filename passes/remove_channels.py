@@ -212,7 +212,10 @@ class RemoveChannels(Pass):
         ratios = [self._ratios.of(g) for g in scored.groups]
 
         def quantity(plan: _Plan) -> float:
-            return quantity_of(target, resized(graph, plan.keep)[0] if plan.keep else graph.program, ctx)
+            if not plan.keep:
+                return quantity_of(target, graph.program, ctx)
+            # Most trials are only counted; what is removed in the end is verified.
+            return quantity_of(target, resized(graph, plan.keep, check=target.quantity == "latency")[0], ctx)
 
         widest = 1 / min(ratios, default=1.0)
         plan = lambda factor: self._plan(graph, scored, initial, factor)  # noqa: E731
