@@ -256,6 +256,20 @@ NETWORKS: tuple[Network, ...] = (
         ),
     ),
     Network(
+        ISOMORPHIC,
+        "ResNet-152",
+        _bottlenecks(3, 8, 36, 3),
+        IMAGE,
+        (Setting("4.0G", _isomorphic(0.4), "", "4.0", BY_SCORES, 3),),
+    ),
+    Network(
+        ISOMORPHIC,
+        "MobileNetV2",
+        _of_library("MobileNetV2ForImageClassification", "MobileNetV2Config"),
+        IMAGE,
+        (Setting("0.15G", _isomorphic(0.27), "", "0.15", BY_SCORES, 3),),
+    ),
+    Network(
         DEPGRAPH,
         "ViT-B/16",
         _of_library("ViTForImageClassification", "ViTConfig"),
