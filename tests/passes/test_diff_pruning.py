@@ -20,6 +20,7 @@ from graphwright.graph.norm_groups import regrouped_norms
 from graphwright.graph.operators import base_name
 from graphwright.graph.oracle import masked_outputs, masked_parameters
 from graphwright.graph.program import Program
+from graphwright.graph.resize import RemovalRecord
 from graphwright.passes.base import Context, Pipeline
 from graphwright.passes.calibration import calibrate
 from graphwright.passes.importance import importance, scoring_of
@@ -28,7 +29,7 @@ from graphwright.tools.bench.cache_models import DDPM_CIFAR, unconditional
 
 diffusers = pytest.importorskip("diffusers")
 
-PUBLISHED = {"ratio": 0.3, "head_dim_ratio": 0.3, "rounding": "floor-removed", "criterion": "random"}
+PUBLISHED: dict[str, Any] = {"ratio": 0.3, "head_dim_ratio": 0.3, "rounding": "floor-removed", "criterion": "random"}
 
 
 def build(kind: str, **config: Any) -> nn.Module:
@@ -128,11 +129,16 @@ def cifar() -> Program:
     return capture(model, (torch.empty(1, 3, 32, 32, device="meta"), torch.empty(1, device="meta")), dynamic={})
 
 
-def result_of(program: Program, ctx: Context | None = None, **options: Any) -> tuple[RemovalResult, Program]:
-    done = Pipeline([RemoveChannels(**options)])(program, ctx)
+def result_of(program: Program, **options: Any) -> tuple[RemovalResult, Program]:
+    done = Pipeline([RemoveChannels(**options)])(program)
     result = done.records[0].result
     assert isinstance(result, RemovalResult)
     return result, done.program
+
+
+def removed(result: RemovalResult) -> RemovalRecord:
+    assert result.removal is not None
+    return result.removal
 
 
 # ---------------------------------------------------------------------- widths
@@ -190,12 +196,12 @@ def test_the_smaller_network_is_the_original_with_its_norms_over_what_is_kept(na
     program = capture(model, args, kwargs)
     result, smaller = result_of(program, **(PUBLISHED | {"ratio": 0.5, "head_dim_ratio": 0.5, "seed": 3}))
     assert result.stats["parameters_after"] < 0.5 * result.stats["parameters_before"]
-    keep = {group: list(cut.kept) for group, cut in result.removal.groups.items()}
+    keep = {group: list(cut.kept) for group, cut in removed(result).groups.items()}
     (want,) = masked_outputs(depgraph(program), keep, program.flatten(*args, **kwargs))
     (got,) = smaller(*args, **kwargs)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     # A mask alone is another network: its norms count the zeros.
-    (naive,) = torch.func.functional_call(model, masked_parameters(model, result.removal), args, kwargs)
+    (naive,) = torch.func.functional_call(model, masked_parameters(model, removed(result)), args, kwargs)
     assert float((naive - want).detach().abs().max()) > 1e-3 * float(want.detach().abs().max())
 
 
@@ -317,9 +323,9 @@ def test_a_strong_skip_channel_survives_where_it_comes_from_and_where_it_is_join
     result, _ = result_of(
         program, criterion="magnitude-l2", ratio=0.75, rounding="floor-removed", reduction="sum", normaliser="none"
     )
-    assert list(result.removal.groups[group.name].kept) == strong
-    assert list(result.removal.tensors["conv_in.weight"][0].kept) == strong
-    joined = result.removal.tensors["up_blocks.1.resnets.1.conv_shortcut.weight"][1].kept
+    assert list(removed(result).groups[group.name].kept) == strong
+    assert list(removed(result).tensors["conv_in.weight"][0].kept) == strong
+    joined = removed(result).tensors["up_blocks.1.resnets.1.conv_shortcut.weight"][1].kept
     assert [i - 16 for i in joined if i >= 16] == strong
     assert len([i for i in joined if i < 16]) == 4
 

@@ -121,7 +121,8 @@ def _bottlenecks(*depths: int, classes: int = 1000) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 
-        config = transformers.ResNetConfig(depths=list(depths), num_labels=classes)
+        config = transformers.ResNetConfig(depths=list(depths))
+        config.num_labels = classes
         return transformers.ResNetForImageClassification(config)
 
     return build
