@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -26,12 +28,13 @@ def activation_means(program: Program, ctx: Context) -> dict[tuple[str, int], Te
     """
     if ctx.loss is None or not ctx.batches:
         raise PreconditionError("activations need calibration: give Context(loss=..., batches=[...])")
+    loss: Any = ctx.loss
     read = _reads(program)
     watched = Watched(program, [node.name for node, _ in read.values()])
     totals: dict[tuple[str, int], Tensor] = {}
     for i, batch in enumerate(ctx.batches):
         with torch.no_grad():
-            ctx.loss(watched, batch)
+            loss(watched, batch)
         if not watched.calls:
             raise PreconditionError("the calibration loss does not call the program that it is given")
         for _, _, values in watched.calls:

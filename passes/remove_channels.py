@@ -18,6 +18,7 @@ from ..graph.depgraph import DepGraph, depgraph
 from ..graph.errors import PreconditionError
 from ..graph.groups import CouplingGroup
 from ..graph.isomorphism import isomorphism_classes
+from ..graph.norm_groups import Regrouped, regrouped_norms
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord, reconcile, resize, resized
 from .base import Context, Pass, PassResult, Skipped
@@ -47,9 +48,10 @@ class GroupWidth:
 
 @dataclass(frozen=True)
 class RemovalResult(PassResult):
-    """A `PassResult` that also lists every group's widths."""
+    """A `PassResult` that also lists every group's widths, and the group norms whose channels changed their group."""
 
     widths: tuple[GroupWidth, ...] = ()
+    regrouped: tuple[Regrouped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class RemoveChannels(Pass):
         self._ratios.check(self.name, program, initial)
         target = self._target
         stats = {} if target is None else {f"{target.quantity}_before": quantity_of(target, program, ctx)}
-        record, plan, scored = RemovalRecord(), _Plan(), Scores()
+        record, plan, scored, regrouped = RemovalRecord(), _Plan(), Scores(), dict[str, Regrouped]()
         for step in range(1, self.steps + 1):
             graph = ctx.analysis(depgraph, program)
             scored = self._scored(graph, program, ctx, initial)
@@ -180,6 +182,7 @@ class RemoveChannels(Pass):
             # Those before are of groups that reached width 1 since, and are none any more.
             plan = replace(proposed, wanted={**plan.wanted, **proposed.wanted})
             if plan.keep:
+                regrouped |= {found.norm: found for found in regrouped_norms(graph, plan.keep)}
                 record = record.then(resize(program, plan.keep, graph))
             ctx.report("removal", step, self.steps)
         after = cost(program)
@@ -196,6 +199,8 @@ class RemoveChannels(Pass):
         }
         if self.latency is not None and target is not None:
             stats["latency_after"] = quantity_of(target, program, ctx)
+        if regrouped:
+            stats["norms_regrouped"] = len(regrouped)
         if scored.seen:
             stats |= {"calibration_samples_seen": scored.seen, "calibration_samples_used": scored.used}
         skipped = tuple(
@@ -203,7 +208,9 @@ class RemoveChannels(Pass):
             for g, w in zip(groups, widths, strict=True)
             if w.after == w.before
         )
-        return RemovalResult(bool(record.groups), stats, skipped, record, widths=tuple(widths))
+        return RemovalResult(
+            bool(record.groups), stats, skipped, record, widths=tuple(widths), regrouped=tuple(regrouped.values())
+        )
 
     def _solved(
         self, target: Target, goal: float, graph: DepGraph, scored: Scores, initial: Mapping[str, int], ctx: Context
@@ -212,7 +219,10 @@ class RemoveChannels(Pass):
         ratios = [self._ratios.of(g) for g in scored.groups]
 
         def quantity(plan: _Plan) -> float:
-            return quantity_of(target, resized(graph, plan.keep)[0] if plan.keep else graph.program, ctx)
+            if not plan.keep:
+                return quantity_of(target, graph.program, ctx)
+            # Most trials are only counted; what is removed in the end is verified.
+            return quantity_of(target, resized(graph, plan.keep, check=target.quantity == "latency")[0], ctx)
 
         widest = 1 / min(ratios, default=1.0)
         plan = lambda factor: self._plan(graph, scored, initial, factor)  # noqa: E731

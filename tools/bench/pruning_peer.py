@@ -67,7 +67,7 @@ def theirs(bed: Bed, criterion: str, scope: str, seed: int) -> nn.Module:
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     pruner = peer.pruner.BasePruner(
         model,
-        args,
+        args,  # pyright: ignore[reportArgumentType]  # it takes a tuple too
         importance=scorer,
         pruning_ratio=RATIO,
         global_pruning=scope == "global",

@@ -58,7 +58,7 @@ def vit(seed: int) -> Bed:
 def crepe(seed: int) -> Bed:
     """Return the pretrained pitch estimator; the seed is of the tones that score and train it."""
     model = pretrained_crepe()
-    heard, pitch = tones(300, torch.Generator().manual_seed(1_000_000))
+    heard, pitch = tones(200, torch.Generator().manual_seed(1_000_000))
 
     def loss(module: Any, batch: Batch) -> Tensor:
         return nn.functional.binary_cross_entropy_with_logits(module(batch[0]), pitch_targets(batch[1]))

@@ -31,7 +31,8 @@ class Setting:
         options: Of `RemoveChannels`; None is the network as it is.
         parameters: As printed, in millions; empty if not printed.
         macs: As printed, in 10^9; empty if not printed.
-        note: Why it cannot be equal.
+        note: Why it cannot be equal, or how it is.
+        seeds: Of random scores, where the counts depend on them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Setting:
     parameters: str = ""
     macs: str = ""
     note: str = ""
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class Network:
         shape: Of its input.
         settings: What is published.
         timestep: Whether it is a denoiser.
-        products: Whether the published counts have attention products in them.
+        timm_attention: Whether its attention is timm's, which the published counts see into (`published_macs`).
+        layer_norms: Whether the published counts have layer norms in them.
+        weights: Whether it has random weights, whose magnitudes are the scores where the counts depend on these: then
+            the widths of a layer depend on one another, as they do with real scores. Else it is on the meta device.
     """
 
     source: str
@@ -61,15 +66,18 @@ class Network:
     shape: tuple[int, ...]
     settings: tuple[Setting, ...]
     timestep: bool = False
-    products: bool = True
+    timm_attention: bool = False
+    layer_norms: bool = True
+    weights: bool = False
 
     def program(self) -> Program:
-        """Return the network captured on the meta device."""
-        with torch.device("meta"):
+        """Return the captured network."""
+        device = "cpu" if self.weights else "meta"
+        with torch.device(device):
             model = self.build().eval()
-        inputs = [torch.empty(self.shape, device="meta")]
+        inputs = [torch.empty(self.shape, device=device)]
         if self.timestep:
-            inputs.append(torch.empty(1, device="meta"))
+            inputs.append(torch.empty(1, device=device))
         return capture(model, tuple(inputs), dynamic={})
 
 
@@ -103,8 +111,40 @@ def _isomorphic(ratio: float, heads: float = 0.0, head_dims: float = 0.0) -> dic
     }
 
 
-BY_SCORES = "real scores move channels between the stages of a class"
+BY_SCORES = "real scores move channels between the stages of a class; they need the published weights"
+CUT = "printed cut, not rounded"
+SEEDS = 20
 IMAGE = (1, 3, 224, 224)
+
+
+def _bottlenecks(*depths: int, classes: int = 1000) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        config = transformers.ResNetConfig(depths=list(depths))
+        config.num_labels = classes
+        return transformers.ResNetForImageClassification(config)
+
+    return build
+
+
+def _deit_settings(*settings: Setting) -> dict[str, Any]:
+    return {"shape": IMAGE, "timm_attention": True, "weights": True, "settings": settings}
+
+
+# Uniform ratios of a ResNet-50, parameters and multiply-accumulates: the table of latencies in the repository of DepGraph.
+UNIFORM = (
+    (0.1, "20.63", "3.31"),
+    (0.2, "16.27", "2.63"),
+    (0.3, "12.46", "2.02"),
+    (0.4, "9.14", "1.50"),
+    (0.5, "6.41", "1.07"),
+    (0.6, "4.07", "0.67"),
+    (0.7, "2.28", "0.39"),
+    (0.8, "1.01", "0.18"),
+    (0.9, "0.25", "0.05"),
+)
+
 NETWORKS: tuple[Network, ...] = (
     Network(
         DIFF,
@@ -114,12 +154,11 @@ NETWORKS: tuple[Network, ...] = (
         (
             Setting("dense", None, "35.7", "6.1"),
             Setting("0.2", _diff(0.2), "27.50", "5.11"),
-            Setting("0.3", _diff(0.3), "19.8", "3.4", "the paper cuts 19.851 to 19.8"),
+            Setting("0.3", _diff(0.3), "19.8", "3.4"),
             Setting("0.4", _diff(0.4), "14.32", "2.74"),
             Setting("0.6", _diff(0.6), "8.59", "1.49"),
         ),
-        True,
-        False,
+        timestep=True,
     ),
     Network(
         DIFF,
@@ -127,8 +166,7 @@ NETWORKS: tuple[Network, ...] = (
         lambda: unconditional(CELEBA),
         (1, 3, 64, 64),
         (Setting("dense", None, "78.7", "23.9"), Setting("0.3", _diff(0.3), "43.7", "13.3")),
-        True,
-        False,
+        timestep=True,
     ),
     Network(
         DIFF,
@@ -137,42 +175,52 @@ NETWORKS: tuple[Network, ...] = (
         (1, 3, 256, 256),
         (
             Setting("dense", None, "113.7", "248.7"),
+            Setting("0.3", _diff(0.3), "", "138.8", "as arXiv 2312.00858 gives it for the same network"),
             Setting(
-                "0.3",
+                "printed",
                 _diff(0.3),
                 "46.5",
-                "138.8",
-                "the parameters are printed with 100.7 G, which is another ratio; the MACs are those that arXiv 2312.00858 "
-                "gives for the same network",
+                "100.7",
+                "no ratio gives this pair: 0.38 leaves 45.2 M and 126.9 G, 0.5 leaves 28.5 M and 62.4 G",
             ),
         ),
-        True,
-        False,
+        timestep=True,
     ),
     Network(
         ISOMORPHIC,
         "DeiT-B distilled",
         _deit(768),
-        IMAGE,
-        (
+        **_deit_settings(
             Setting("dense", None, "87.34", "17.69"),
-            Setting("4.2G", _isomorphic(0.5, 0.5, 0.25), "20.69", "4.16"),
-            Setting("2.6G", _isomorphic(0.6, 0.6, 0.3), "13.07", "2.62"),
+            Setting("4.2G", _isomorphic(0.5, 0.5, 0.25), "20.69", "4.16", seeds=SEEDS),
+            Setting("2.6G", _isomorphic(0.6, 0.6, 0.3), "13.07", "2.62", seeds=SEEDS),
+            Setting(
+                "1.2G, from B",
+                _isomorphic(0.75, 0.75, 0.1),
+                "5.74",
+                "1.21",
+                "the paper's start, at other ratios",
+                SEEDS,
+            ),
         ),
     ),
     Network(
         ISOMORPHIC,
         "DeiT-S distilled",
         _deit(384),
-        IMAGE,
-        (Setting("dense", None, "22.44", "4.64"), Setting("1.2G", _isomorphic(0.5, 0.5, 0.1), "5.74", "1.21")),
+        **_deit_settings(
+            Setting("dense", None, "22.44", "4.64"),
+            Setting("1.2G", _isomorphic(0.5, 0.5, 0.1), "5.74", "1.21", seeds=SEEDS),
+        ),
     ),
     Network(
         ISOMORPHIC,
         "DeiT-T distilled",
         _deit(192),
-        IMAGE,
-        (Setting("dense", None, "5.91", "1.27"), Setting("0.6G", _isomorphic(0.25, 0.3, 0.3), "3.08", "0.62")),
+        **_deit_settings(
+            Setting("dense", None, "5.91", "1.27"),
+            Setting("0.6G", _isomorphic(0.25, 0.3, 0.3), "3.08", "0.62", seeds=SEEDS),
+        ),
     ),
     Network(
         ISOMORPHIC,
@@ -184,28 +232,43 @@ NETWORKS: tuple[Network, ...] = (
             hidden_sizes=[128, 256, 512, 1024],
         ),
         IMAGE,
-        (Setting("8.5G", _isomorphic(0.26), "47.36", "8.48", BY_SCORES),),
+        (Setting("8.5G", _isomorphic(0.26), "47.36", "8.48", BY_SCORES, 3),),
     ),
-    *(
-        Network(
-            ISOMORPHIC,
-            f"ResNet-{name}",
-            _of_library("ResNetForImageClassification", "ResNetConfig", depths=depths),
-            IMAGE,
-            (Setting("dense", None, dense[0], dense[1]), *pruned),
-        )
-        for name, depths, dense, pruned in (
-            (50, [3, 4, 6, 3], ("25.56", "4.13"), (Setting("2.0G", _isomorphic(0.26), "15.05", "2.06", BY_SCORES),)),
-            (
-                101,
-                [3, 4, 23, 3],
-                ("44.55", "7.85"),
-                (
-                    Setting("4.5G", _isomorphic(0.22), "29.14", "4.48", BY_SCORES),
-                    Setting("3.8G", _isomorphic(0.28), "24.87", "3.85", BY_SCORES),
-                ),
-            ),
-        )
+    Network(
+        ISOMORPHIC,
+        "ResNet-50",
+        _bottlenecks(3, 4, 6, 3),
+        IMAGE,
+        (
+            Setting("dense", None, "25.56"),
+            Setting("dense", None, "", "4.13", "the counter's own repository prints 4.12 for this network"),
+            Setting("2.0G", _isomorphic(0.26), "15.05", "2.06", BY_SCORES, 3),
+        ),
+    ),
+    Network(
+        ISOMORPHIC,
+        "ResNet-101",
+        _bottlenecks(3, 4, 23, 3),
+        IMAGE,
+        (
+            Setting("dense", None, "44.55", "7.85"),
+            Setting("4.5G", _isomorphic(0.22), "29.14", "4.48", BY_SCORES, 3),
+            Setting("3.8G", _isomorphic(0.28), "24.87", "3.85", BY_SCORES, 3),
+        ),
+    ),
+    Network(
+        ISOMORPHIC,
+        "ResNet-152",
+        _bottlenecks(3, 8, 36, 3),
+        IMAGE,
+        (Setting("4.0G", _isomorphic(0.4), "", "4.0", BY_SCORES, 3),),
+    ),
+    Network(
+        ISOMORPHIC,
+        "MobileNetV2",
+        _of_library("MobileNetV2ForImageClassification", "MobileNetV2Config"),
+        IMAGE,
+        (Setting("0.15G", _isomorphic(0.27), "", "0.15", BY_SCORES, 3),),
     ),
     Network(
         DEPGRAPH,
@@ -216,17 +279,26 @@ NETWORKS: tuple[Network, ...] = (
             Setting("dense", None, "86.57", "17.59"),
             Setting("uniform 0.5", {"ratio": 0.5, "head_dim_ratio": 0.5}, "22.05", "4.61"),
         ),
+        timm_attention=True,
+        layer_norms=False,
     ),
-    Network(
-        DEPGRAPH,
-        "ResNet-50",
-        _of_library("ResNetForImageClassification", "ResNetConfig", depths=[3, 4, 6, 3]),
-        IMAGE,
-        (
-            Setting("dense", None, "25.56", "4.12"),
-            Setting(
-                "uniform 0.5", {"ratio": 0.5}, "6.41", "1.07", "the published network also lost half of its classes"
+    Network(DEPGRAPH, "ResNet-50", _bottlenecks(3, 4, 6, 3), IMAGE, (Setting("dense", None, "25.56", "4.12"),)),
+    *(
+        Network(
+            DEPGRAPH,
+            "ResNet-50",
+            _bottlenecks(3, 4, 6, 3, classes=round(1000 * (1 - ratio))),
+            IMAGE,
+            (
+                Setting(
+                    f"uniform {ratio}",
+                    {"ratio": ratio, "round_to": 2, "rounding": "floor-kept"},
+                    parameters,
+                    macs,
+                    "built with the classes that the published network had left",
+                ),
             ),
-        ),
+        )
+        for ratio, parameters, macs in UNIFORM
     ),
 )
