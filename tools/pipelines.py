@@ -79,6 +79,7 @@ def apply_layer_cache(
     kinds: tuple[str, ...] = KINDS,
     reuse: Sequence[Sequence[int]] = (),
     extrapolation: int = 0,
+    schedule: Uniform | Listed | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> CacheHandle:
     """Take attention and feed-forward branches of a pipeline's transformer from the last full evaluation.
@@ -93,13 +94,14 @@ def apply_layer_cache(
         reuse: For each evaluation of a run the numbers of the branches to take, such as ``router.reuse(0.1)``. The
             sampler must make as many evaluations.
         extrapolation: Order of the polynomial through the last kept values that is reused; 0 reuses the last value.
+        schedule: Takes the place of ``interval``, such as ``step_mask(50, "fast")``; not with ``reuse``.
         cache_dir: Where captured graphs are kept, so that the next process does not capture again; None keeps none.
 
     Raises:
         PreconditionError: The object has no denoiser or no scheduler, or a cache is in place already.
     """
     listed = tuple(tuple(numbers) for numbers in reuse)
-    step = InsertLayerCache(listed, interval, tuple(kinds), extrapolation=extrapolation)
+    step = InsertLayerCache(listed, interval, tuple(kinds), extrapolation=extrapolation, schedule=schedule)
     return _apply_pass(pipe, step, cache_dir)
 
 
