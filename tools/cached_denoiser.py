@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from ..graph.schedules import REFRESH
 if TYPE_CHECKING:
     from ..backends.onnx_export import OnnxArtifact
 
-MakePlan = Callable[[tuple[Any, ...], dict[str, Any]], Staged[Any]]
+MakePlan = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Staged[Any]]
 
 
 class CachedDenoiser(nn.Module):
@@ -30,7 +31,7 @@ class CachedDenoiser(nn.Module):
 
     Args:
         denoiser: The pipeline's; never changed.
-        make: Makes the plan from the inputs of a call.
+        make: Makes the plan from the denoiser and the inputs of a call.
         pipe: Whose sampler is followed.
     """
 
@@ -38,6 +39,14 @@ class CachedDenoiser(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.__dict__.update(_make=make, _pipe=pipe, _plans={}, _weights=None, _last=None, _context="")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CachedDenoiser:
+        """Return what stands in for a copy of the denoiser in a copy of the pipeline; it makes its own plans."""
+        other = CachedDenoiser.__new__(CachedDenoiser)
+        memo[id(self)] = other  # before the pipeline is copied, which holds this module
+        other.__init__(copy.deepcopy(self.denoiser, memo), self._make, None)
+        other.__dict__["_pipe"] = copy.deepcopy(self._pipe, memo)
+        return other
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,7 +67,7 @@ class CachedDenoiser(nn.Module):
             self.__dict__["_weights"] = weights
         key = _structure(args, kwargs)
         if key not in self._plans:
-            plan = self._make(args, kwargs)
+            plan = self._make(self.denoiser, args, kwargs)
             self._plans[key] = plan.module(clock=lambda: self._pipe.scheduler.timesteps)
         module = self._plans[key]
         if self._last is not None and self._last is not module:

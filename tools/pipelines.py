@@ -121,7 +121,7 @@ def apply_plan(
         ArtifactError: The directory holds no plan.
     """
     staged = plan if isinstance(plan, Staged) else _load_plan(Path(plan), providers)
-    return _apply(pipe, lambda args, kwargs: staged)
+    return _apply(pipe, lambda denoiser, args, kwargs: staged)
 
 
 def _load_plan(folder: Path, providers: Sequence[str] | None) -> Staged[Any]:
@@ -133,9 +133,7 @@ def _load_plan(folder: Path, providers: Sequence[str] | None) -> Staged[Any]:
 
 
 def _apply_pass(pipe: Any, step: Pass, cache_dir: str | os.PathLike[str] | None) -> CacheHandle:
-    denoiser = _denoiser(pipe)[1]
-
-    def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    def make(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         if cache_dir is None:
             return Pipeline([step])(capture(denoiser, args, kwargs)).plan
         return Pipeline([step])(capture_cached(denoiser, args, kwargs, None, cache_dir)).plan
