@@ -24,6 +24,8 @@ from .base import Context, Pass, PassResult
 from .cache_cuts import cut_stages, require_order, require_timestep
 
 KINDS = ("attention", "mlp")
+# Of the names of registers.
+BRANCH = "cached_branch_"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,16 @@ class InsertLayerCache(Pass):
 
 def branch_register(number: int) -> str:
     """Return the name of the register that keeps a branch."""
-    return f"cached_branch_{number}"
+    return f"{BRANCH}{number}"
+
+
+def register_kinds(plan: Plan) -> dict[str, str]:
+    """Return the kind of the branch that each register keeps, ``attention`` or ``mlp``; ``feature`` for any other."""
+    branches: dict[str, str] = {}
+    if any(name.startswith(BRANCH) for name in plan.registers):
+        joins = residual_joins(plan.stages[REFRESH].program)
+        branches = {branch_register(i): join.kind for i, join in enumerate(joins)}
+    return {name: branches.get(name, "feature") for name in plan.registers}
 
 
 def require_kinds(rule: str, expected: Sequence[str], program: Program) -> None:

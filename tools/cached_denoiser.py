@@ -113,7 +113,10 @@ class CacheHandle:
         return self.cached._last.plan
 
     def summary(self) -> str:
-        """Return what ran in the last run, what it cost, and the speed-up that the multiply-accumulates bound."""
+        """Return what ran in the last run, what it cost, the speed-up that the multiply-accumulates bound, and what is kept.
+
+        Multiply-accumulates are those of the sizes that were captured, which are those of the first call.
+        """
         plan = self.plan
         ran = self.cached._last.history()
         lines = [f"{plan.name}: {len(ran)} evaluations, {ran.count(REFRESH)} of them full"]
@@ -121,12 +124,14 @@ class CacheHandle:
             macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
             spent, full = sum(macs[name] for name in ran), macs[REFRESH] * len(ran)
             lines += [
-                f"  {name}: {value / 1e9:.2f} G MACs, {value / macs[REFRESH]:.1%}" for name, value in macs.items()
+                f"  {name}: {value / 1e9:.4g} G MACs, {value / macs[REFRESH]:.1%}" for name, value in macs.items()
             ]
             if spent:
                 lines.append(
-                    f"  {spent / 1e9:.1f} of {full / 1e9:.1f} G MACs: at most {full / spent:.2f} times as fast"
+                    f"  {spent / 1e9:.4g} of {full / 1e9:.4g} G MACs: at most {full / spent:.2f} times as fast"
                 )
+        kept = self.cached._last.kept_bytes()
+        lines.append(f"  {kept / 1e6:.4g} MB kept")
         return "\n".join([*lines, *(f"  {note}" for note in plan.notes)])
 
     def export_onnx(self, directory: str | os.PathLike[str], **options: Any) -> OnnxArtifact:

@@ -175,7 +175,7 @@ def deepcache(rows: Rows, options: argparse.Namespace) -> int:
 def hooks(rows: Rows, options: argparse.Namespace) -> int:
     """Print what caches cost and how far they lead from the uncached pictures, one table a model."""
     for name in options.models:
-        found = cache_hooks.bench(rows, name, options.steps, options.count)
+        found = cache_hooks.bench(rows, name, options.steps, options.count, options.only)
         found = cheapest_first(found)
         for column in ("error", "frechet"):
             for i in front(found, column):
@@ -222,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", default=cache_hooks.MODELS, help="hooks: builtin denoisers of digits")
     parser.add_argument("--steps", type=int, default=50, help="hooks: of the uncached run")
     parser.add_argument("--count", type=int, default=500, help="hooks: pictures of every run")
+    parser.add_argument("--only", default="", help="hooks: caches whose name has this in it, such as LearnLayerCache")
     return parser
 
 
