@@ -11,12 +11,13 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from .errors import InputError
 
 Sizes = Mapping[str, Sequence[int]]
+# A part of a condition, as a function of the sizes.
+Part = Callable[[Sizes], Any]
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -46,10 +47,24 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+# Conditions that were parsed. Not a cached function, through which torch.compile would follow the parser.
+_PARSED: dict[str, Part] = {}
+
+
+def prepare(guards: Sequence[str]) -> None:
+    """Parse conditions now. torch.compile can follow the check of a parsed condition, but no parser.
+
+    Raises:
+        ValueError: A condition has something else than arithmetic, comparisons and sizes.
+    """
+    for text in guards:
+        _parsed(text)
+
+
 def understood(text: str, names: Sequence[str]) -> bool:
     """Whether a condition can be checked: it has only arithmetic, comparisons, and sizes of the inputs ``names``."""
     try:
-        _evaluate(_parsed(text), {name: _Any() for name in names})
+        _parsed(text)({name: _Any() for name in names})
     except (SyntaxError, KeyError, TypeError, ValueError):
         return False
     except ArithmeticError:  # of the stand-in sizes
@@ -67,7 +82,7 @@ def check_guards(program: str, guards: Sequence[str], sizes: Sizes) -> None:
     """
     for text in guards:
         if not holds(text, sizes):
-            used = {n.value for n in ast.walk(_parsed(text)) if isinstance(n, ast.Constant)}
+            used = {n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)}
             got = ", ".join(f"'{name}' of shape {list(shape)}" for name, shape in sizes.items() if name in used)
             raise InputError(
                 f"{program} was captured where {text}, since its code branches on that, got {got}; capture it again "
@@ -78,7 +93,7 @@ def check_guards(program: str, guards: Sequence[str], sizes: Sizes) -> None:
 def holds(text: str, sizes: Sizes) -> bool:
     """Whether a condition holds for the shapes of the tensor inputs; one that divides by zero does not."""
     try:
-        return bool(_evaluate(_parsed(text), sizes))
+        return bool(_parsed(text)(sizes))
     except ZeroDivisionError:
         return False
 
@@ -93,32 +108,60 @@ class _Any(Sequence[int]):
         return 1
 
 
-@lru_cache(maxsize=1024)
-def _parsed(text: str) -> ast.expr:
-    return ast.parse(text, mode="eval").body
+def _parsed(text: str) -> Part:
+    if text not in _PARSED:
+        _PARSED[text] = _part(ast.parse(text, mode="eval").body)
+    return _PARSED[text]
 
 
 def _is_size(node: ast.Call) -> bool:
     return isinstance(node.func, ast.Name) and node.func.id == "size"
 
 
-def _evaluate(node: ast.expr, sizes: Sizes) -> Any:
+def _part(node: ast.expr) -> Part:
     match node:
         case ast.Constant(value=int() | float() | bool() as value):
-            return value
+            return lambda sizes: value
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            return _BINARY[type(op)](_evaluate(left, sizes), _evaluate(right, sizes))
+            return _applied(_BINARY[type(op)], [left, right])
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
-            return _UNARY[type(op)](_evaluate(operand, sizes))
-        case ast.BoolOp(op=ast.And(), values=values):
-            return all(_evaluate(v, sizes) for v in values)
-        case ast.BoolOp(op=ast.Or(), values=values):
-            return any(_evaluate(v, sizes) for v in values)
+            return _applied(_UNARY[type(op)], [operand])
+        case ast.BoolOp(op=op, values=values):
+            return _joined([_part(v) for v in values], isinstance(op, ast.And))
         case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARE for op in ops):
-            values = [_evaluate(left, sizes), *(_evaluate(v, sizes) for v in others)]
-            return all(_COMPARE[type(op)](a, b) for op, a, b in zip(ops, values, values[1:], strict=False))
+            return _compared([_COMPARE[type(op)] for op in ops], [_part(v) for v in (left, *others)])
         case ast.Call(args=[ast.Constant(value=str(name)), ast.Constant(value=int(dim))]) if _is_size(node):
-            return sizes[name][dim]
+            return lambda sizes: sizes[name][dim]
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            return _FUNCTIONS[name](*(_evaluate(v, sizes) for v in args))
+            return _applied(_FUNCTIONS[name], args)
     raise ValueError(f"a condition on sizes cannot hold {ast.unparse(node)}")
+
+
+def _applied(function: Callable[..., Any], operands: Sequence[ast.expr]) -> Part:
+    parts = [_part(operand) for operand in operands]
+    return lambda sizes: function(*[part(sizes) for part in parts])
+
+
+def _joined(parts: Sequence[Part], every: bool) -> Part:
+    """``and`` of all parts, or ``or``; what comes after the one that decides is not looked at."""
+
+    def joined(sizes: Sizes) -> bool:
+        for part in parts:
+            if bool(part(sizes)) is not every:
+                return not every
+        return every
+
+    return joined
+
+
+def _compared(operators: Sequence[Callable[[Any, Any], bool]], parts: Sequence[Part]) -> Part:
+    """A chain such as ``a < b < c``."""
+
+    def compared(sizes: Sizes) -> bool:
+        values = [part(sizes) for part in parts]
+        for i, compare in enumerate(operators):
+            if not compare(values[i], values[i + 1]):
+                return False
+        return True
+
+    return compared

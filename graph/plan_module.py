@@ -121,6 +121,11 @@ class PlanModule(nn.Module):
         run = self._runs.get(context)
         return tuple(run.history) if run else ()
 
+    def kept_bytes(self) -> int:
+        """Return the bytes of all that is kept now, of all runs."""
+        values = [value for run in self._runs.values() for kept in run.registers.values() for _, value in kept]
+        return sum(value.numel() * value.element_size() for value in values)
+
     def _at(self, plan: Staged[Any], leaves: list[Any]) -> Run:
         """Return the run that an evaluation belongs to, a new one or the one there is."""
         time = leaves[next(i for i, spec in enumerate(plan.inputs) if spec.name == plan.timestep)]

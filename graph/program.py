@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .errors import PreconditionError
+from .guards import prepare
 from .interface import Evaluable, InputSpec
 from .names import GroupName
 from .signature import Signature
@@ -138,6 +139,7 @@ class ProgramModule(nn.Module):
         self._parameters, self._buffers, self._modules = gm._parameters, gm._buffers, gm._modules
         object.__setattr__(self, "program", program)
         self.training = False
+        prepare(program.guards)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         program: Program = self.__dict__["program"]

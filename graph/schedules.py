@@ -135,6 +135,31 @@ def masked(mask: str | Sequence[bool | int]) -> Listed:
     return at([i for i, c in enumerate(signs) if c == "1"], len(signs))
 
 
+# Of step masks: evaluations from one full one to the next, once the beginning of a run is through.
+STEP_MASKS = {"slow": 2, "medium": 3, "fast": 4, "ultra": 6}
+# The share of a run in which pictures get their layout, and every evaluation is a full one.
+BEGINNING = 1 / 8
+
+
+def step_mask(evaluations: int, speed: str = "medium") -> Listed:
+    """Return a schedule that computes the first eighth of a run in full, and then every second to sixth evaluation.
+
+    Args:
+        evaluations: Of a run.
+        speed: A name of `STEP_MASKS`: ``slow``, ``medium``, ``fast`` or ``ultra``.
+
+    Raises:
+        PreconditionError: There is no such name, or no evaluation.
+    """
+    if speed not in STEP_MASKS or evaluations < 1:
+        raise PreconditionError(
+            f"a step mask needs a run of 1 or more and a speed of {', '.join(STEP_MASKS)}, got {evaluations}, {speed!r}"
+        )
+    first = max(round(BEGINNING * evaluations), 1)
+    regular = range(first - 1, evaluations, STEP_MASKS[speed])
+    return at([i for i in range(evaluations) if i < first or i in regular], evaluations)
+
+
 def alternating(evaluations: int, per_step: int = 1, shifted: bool = True) -> tuple[int, ...]:
     """Return which evaluations of a run may reuse what the full evaluation right before them kept: every second one.
 

@@ -5,7 +5,7 @@ after:  refresh: r = f(x); h = x + gate * r; return ..., r
         reuse:   h = x + gate * r, with the r of an earlier evaluation; stream and gate are those of this one
 
 Which branches are reused at which evaluation is a list, as Learning-to-Cache (arXiv 2406.01733) learns it, or all of some
-kind at every evaluation but each N-th, as in FORA (arXiv 2407.01425).
+kind at every evaluation but each N-th, as in FORA (arXiv 2407.01425), or at those that a schedule says.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from .base import Context, Pass, PassResult
 from .cache_cuts import cut_stages, require_order, require_timestep
 
 KINDS = ("attention", "mlp")
+# Of the names of registers.
+BRANCH = "cached_branch_"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class InsertLayerCache(Pass):
         reuse: For every evaluation of a run the numbers of the branches to take, in graph order; an empty entry is a
             full evaluation, and so must be the first. Given, it fixes the number of evaluations.
         interval_steps: Without ``reuse``: a full evaluation every so many steps.
+        schedule: Takes the place of ``interval_steps`` where it is given, such as `step_mask`; not with ``reuse``.
         kinds: Without ``reuse``: the kinds of branches that all other evaluations take.
         expected: With ``reuse``: the kinds of all branches of the model that the list was made for; a model with
             others is refused. Empty for any.
@@ -50,6 +53,11 @@ class InsertLayerCache(Pass):
     expected: tuple[str, ...] = ()
     timestep: str = "timestep"
     extrapolation: int = 0
+    schedule: Uniform | Listed | None = None
+
+    def __post_init__(self) -> None:
+        if self.reuse and self.schedule is not None:
+            raise ValueError("reuse says what every evaluation takes, and schedule too: give one of them")
 
     def requires(self, program: Program) -> None:
         joins = residual_joins(program)
@@ -87,7 +95,7 @@ class InsertLayerCache(Pass):
         """Return the distinct patterns by stage, and the schedule."""
         if not self.reuse:
             chosen = tuple(i for i, join in enumerate(joins) if join.kind in self.kinds)
-            return {REUSE: chosen}, Uniform(self.interval_steps)
+            return {REUSE: chosen}, self.schedule or Uniform(self.interval_steps)
         wanted = [tuple(sorted(set(numbers))) for numbers in self.reuse]
         distinct = [pattern for pattern in dict.fromkeys(wanted) if pattern]
         stage = {pattern: f"{REUSE}_{i}" for i, pattern in enumerate(distinct)} | {(): REFRESH}
@@ -96,7 +104,16 @@ class InsertLayerCache(Pass):
 
 def branch_register(number: int) -> str:
     """Return the name of the register that keeps a branch."""
-    return f"cached_branch_{number}"
+    return f"{BRANCH}{number}"
+
+
+def register_kinds(plan: Plan) -> dict[str, str]:
+    """Return the kind of the branch that each register keeps, ``attention`` or ``mlp``; ``feature`` for any other."""
+    branches: dict[str, str] = {}
+    if any(name.startswith(BRANCH) for name in plan.registers):
+        joins = residual_joins(plan.stages[REFRESH].program)
+        branches = {branch_register(i): join.kind for i, join in enumerate(joins)}
+    return {name: branches.get(name, "feature") for name in plan.registers}
 
 
 def require_kinds(rule: str, expected: Sequence[str], program: Program) -> None:

@@ -4,7 +4,7 @@
     learned, drawn = router_errors(program, sample, [router, random])
 
 Each baseline takes what is to be compared as a template: it is for the same run and the same branches, and reuses a given
-number of branches in a run. Figure 4 of Learning-to-Cache (arXiv 2406.01733) has these four.
+number of branches in a run. Figure 4 of Learning-to-Cache (arXiv 2406.01733) has these, but for the even choice.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from .sampling_runs import Evaluation, Sample, mean_squared, sampling_run
 
 # A logit that means yes or no.
 _SURE = 5.0
+# Of the lattice that spreads points over a square most evenly: 1 / p and 1 / p^2 with p^3 = p + 1.
+_LATTICE = (0.7548776662466927, 0.5698402909980532)
 
 
 def top_down(router: LayerRouter, removed: int) -> LayerRouter:
@@ -38,6 +40,12 @@ def top_down(router: LayerRouter, removed: int) -> LayerRouter:
 def bottom_up(router: LayerRouter, removed: int) -> LayerRouter:
     """Return a router that reuses the last branches of the network, as many at each cheap evaluation."""
     return _in_order(router, removed, range(len(router.kinds) - 1, -1, -1))
+
+
+def evenly_spread(router: LayerRouter, removed: int) -> LayerRouter:
+    """Return a router that reuses branches spread evenly over the evaluations and over the network."""
+    rows, branches = (torch.arange(count, dtype=torch.float64) for count in router.logits.shape)
+    return _lowest(router, (rows[:, None] * _LATTICE[0] + branches * _LATTICE[1]).frac(), removed)
 
 
 def random_router(router: LayerRouter, removed: int, seed: int) -> LayerRouter:

@@ -125,15 +125,16 @@ def sampling_run(
     evaluations: int,
     cheap: Sequence[int],
     at_cheap: Callable[[Evaluation], Any],
-) -> None:
-    """Let ``sample`` make one run; see `Denoiser`.
+) -> Any:
+    """Let ``sample`` make one run, and return what it returns; see `Denoiser`.
 
     Raises:
         PreconditionError: It did not call the denoiser ``evaluations`` times.
     """
     denoiser = Denoiser(programs, evaluations, cheap, at_cheap)
-    sample(denoiser, generator)
+    drawn = sample(denoiser, generator)
     denoiser.finish()
+    return drawn
 
 
 def require_cheap(evaluations: int, cheap: Sequence[int]) -> tuple[int, ...]:

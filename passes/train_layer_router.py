@@ -6,10 +6,11 @@
 ``sample(denoise, generator)`` is the caller's sampling loop (see `sampling_runs`); one call of it is a round. At cheap
 evaluation ``m`` the loss is
 
-    mean((gated(x; sigmoid(w_m)) - model(x)) ** 2) + lam * sum(sigmoid(w_m))
+    weight_m * mean((gated(x; sigmoid(w_m)) - model(x)) ** 2) + lam * sum(sigmoid(w_m))
 
-and one step of AdamW changes the row ``w_m`` alone. ``lam`` is in units of the mean squared difference of the model's
-results, over batch and all elements; what it means depends on how large that is when every branch is reused.
+and one step of AdamW changes the row ``w_m`` alone. ``weight_m`` is 1 where none is given. ``lam`` is in units of the mean
+squared difference of the model's results, over batch and all elements; what it means depends on how large that is when
+every branch is reused.
 
 Papers: Learning-to-Cache (arXiv 2406.01733) for the gates and the loss; HarmoniCa (arXiv 2410.01723) for training without
 images, and for following the cached run so that the error of earlier evaluations is seen.
@@ -57,12 +58,17 @@ class _Settings:
     follow: str
     threshold: float
     evaluations: int
+    weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
         if self.follow not in FOLLOW:
             raise PreconditionError(f"follow must be one of {', '.join(FOLLOW)}, got {self.follow!r}")
         if not self.lr > 0 or (self.lam is not None and not self.lam >= 0):
             raise PreconditionError(f"lr must be above 0 and lam 0 or more, got lr {self.lr} and lam {self.lam}")
+        if len(self.weights) != len(self.cheap) or not all(0 <= weight < math.inf for weight in self.weights):
+            raise PreconditionError(
+                f"weights must be {len(self.cheap)} numbers of 0 or more, one for each cheap evaluation, got {self.weights}"
+            )
 
 
 def train_layer_router(
@@ -79,6 +85,7 @@ def train_layer_router(
     clamp: tuple[float, float] | None = (-5.0, 5.0),
     follow: str = "teacher",
     threshold: float = 0.1,
+    weights: Sequence[float] | None = None,
     progress: Progress | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_rounds: int = 10,
@@ -106,6 +113,7 @@ def train_layer_router(
         follow: The run goes on with the full model's result (``teacher``), with that of the gates as they are
             (``student``), or as they will be (``thresholded``).
         threshold: Of the router that is returned.
+        weights: Of the differences at each cheap evaluation, such as `picture_weights`; None for 1.
         progress: Called with ``(what, rounds done, rounds)``.
         checkpoint: A file that holds the state of the training, replaced every ``checkpoint_rounds`` rounds.
         checkpoint_rounds: See there.
@@ -121,7 +129,8 @@ def train_layer_router(
         ArtifactError: The checkpoint is damaged.
     """
     places = require_cheap(evaluations, alternating(evaluations) if cheap is None else cheap)
-    settings = _Settings(places, lam, lr, weight_decay, seed, clamp, follow, threshold, evaluations)
+    weighted = (1.0,) * len(places) if weights is None else tuple(float(weight) for weight in weights)
+    settings = _Settings(places, lam, lr, weight_decay, seed, clamp, follow, threshold, evaluations, weighted)
     training = _Training(gated_program(program), settings, program.name)
     resumed = resume and checkpoint is not None and Path(checkpoint).is_file()
     if resumed and checkpoint is not None:
@@ -163,13 +172,17 @@ class _Training:
         """Price of an open gate."""
         if self.settings.lam is not None:
             return self.settings.lam
-        return LAM_SHARE * float(self.all_reused.mean())
+        return LAM_SHARE * self.weighted_all_reused
 
     @property
     def scale(self) -> float:
         """Factor of the loss, so that the optimiser's epsilon means the same for results of any magnitude."""
-        all_reused = float(self.all_reused.mean())
-        return 1 / all_reused if all_reused else 1.0
+        return 1 / self.weighted_all_reused if self.weighted_all_reused else 1.0
+
+    @property
+    def weighted_all_reused(self) -> float:
+        """The loss with every branch reused."""
+        return float((self.all_reused * torch.tensor(self.settings.weights)).mean())
 
     def run(self, sample: Sample, at_cheap: Callable[[Evaluation], Any]) -> None:
         settings = self.settings
@@ -197,7 +210,8 @@ class _Training:
             gates = row.sigmoid()
             student = self._gated(at, gates)
             error = self._error(at, student, teacher)
-            row.grad = torch.autograd.grad((error + self.lam * gates.sum()) * self.scale, row)[0]
+            loss = settings.weights[at.row] * error + self.lam * gates.sum()
+            row.grad = torch.autograd.grad(loss * self.scale, row)[0]
         self.errors[at.row] = error.detach()
         followed = teacher
         if settings.follow == "student":
@@ -268,7 +282,7 @@ class _Training:
     def router(self) -> LayerRouter:
         """Return what was learned."""
         settings = self.settings
-        all_reused = float(self.all_reused.mean())
+        all_reused = self.weighted_all_reused
         about = {
             **asdict(settings),
             "lam": self.lam,

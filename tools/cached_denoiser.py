@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from ..graph.schedules import REFRESH
 if TYPE_CHECKING:
     from ..backends.onnx_export import OnnxArtifact
 
-MakePlan = Callable[[tuple[Any, ...], dict[str, Any]], Staged[Any]]
+MakePlan = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Staged[Any]]
 
 
 class CachedDenoiser(nn.Module):
@@ -30,7 +31,7 @@ class CachedDenoiser(nn.Module):
 
     Args:
         denoiser: The pipeline's; never changed.
-        make: Makes the plan from the inputs of a call.
+        make: Makes the plan from the denoiser and the inputs of a call.
         pipe: Whose sampler is followed.
     """
 
@@ -38,6 +39,14 @@ class CachedDenoiser(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.__dict__.update(_make=make, _pipe=pipe, _plans={}, _weights=None, _last=None, _context="")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CachedDenoiser:
+        """Return what stands in for a copy of the denoiser in a copy of the pipeline; it makes its own plans."""
+        other = CachedDenoiser.__new__(CachedDenoiser)
+        memo[id(self)] = other  # before the pipeline is copied, which holds this module
+        other.__init__(copy.deepcopy(self.denoiser, memo), self._make, None)
+        other.__dict__["_pipe"] = copy.deepcopy(self._pipe, memo)
+        return other
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,7 +67,7 @@ class CachedDenoiser(nn.Module):
             self.__dict__["_weights"] = weights
         key = _structure(args, kwargs)
         if key not in self._plans:
-            plan = self._make(args, kwargs)
+            plan = self._make(self.denoiser, args, kwargs)
             self._plans[key] = plan.module(clock=lambda: self._pipe.scheduler.timesteps)
         module = self._plans[key]
         if self._last is not None and self._last is not module:
@@ -104,7 +113,10 @@ class CacheHandle:
         return self.cached._last.plan
 
     def summary(self) -> str:
-        """Return what ran in the last run, what it cost, and the speed-up that the multiply-accumulates bound."""
+        """Return what ran in the last run, what it cost, the speed-up that the multiply-accumulates bound, and what is kept.
+
+        Multiply-accumulates are those of the sizes that were captured, which are those of the first call.
+        """
         plan = self.plan
         ran = self.cached._last.history()
         lines = [f"{plan.name}: {len(ran)} evaluations, {ran.count(REFRESH)} of them full"]
@@ -112,12 +124,14 @@ class CacheHandle:
             macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
             spent, full = sum(macs[name] for name in ran), macs[REFRESH] * len(ran)
             lines += [
-                f"  {name}: {value / 1e9:.2f} G MACs, {value / macs[REFRESH]:.1%}" for name, value in macs.items()
+                f"  {name}: {value / 1e9:.4g} G MACs, {value / macs[REFRESH]:.1%}" for name, value in macs.items()
             ]
             if spent:
                 lines.append(
-                    f"  {spent / 1e9:.1f} of {full / 1e9:.1f} G MACs: at most {full / spent:.2f} times as fast"
+                    f"  {spent / 1e9:.4g} of {full / 1e9:.4g} G MACs: at most {full / spent:.2f} times as fast"
                 )
+        kept = self.cached._last.kept_bytes()
+        lines.append(f"  {kept / 1e6:.4g} MB kept")
         return "\n".join([*lines, *(f"  {note}" for note in plan.notes)])
 
     def export_onnx(self, directory: str | os.PathLike[str], **options: Any) -> OnnxArtifact:

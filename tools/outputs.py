@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..graph.plan import Plan
 from ..graph.program import Program
 from ..graph.schedules import REFRESH, Schedule, Uniform
 from ..graph.serialize import load_plan, load_program, save_plan, save_program
+from ..passes.insert_layer_cache import register_kinds
 from .facts import cost_facts
 
 Output = Program | Plan
@@ -80,12 +82,19 @@ def stage_shares(schedule: Schedule) -> dict[str, float]:
 def plan_facts(output: Output) -> dict[str, Any] | None:
     """Return the schedule, stages and registers of a plan as plain data; None for a program.
 
+    Of each stage ``taken`` counts by kind what it takes from an earlier evaluation.
     ``predicted_speedup`` is the bound that multiply-accumulates set: those of a full evaluation over the mean.
     """
     if not isinstance(output, Plan):
         return None
+    kinds = register_kinds(output)
     stages = {
-        name: {"reads": list(stage.reads), "writes": list(stage.writes), "cost": cost_facts(stage.program)}
+        name: {
+            "reads": list(stage.reads),
+            "writes": list(stage.writes),
+            "taken": dict(Counter(kinds[register] for register in stage.reads)),
+            "cost": cost_facts(stage.program),
+        }
         for name, stage in output.stages.items()
     }
     shares = stage_shares(output.schedule)

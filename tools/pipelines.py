@@ -79,6 +79,7 @@ def apply_layer_cache(
     kinds: tuple[str, ...] = KINDS,
     reuse: Sequence[Sequence[int]] = (),
     extrapolation: int = 0,
+    schedule: Uniform | Listed | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> CacheHandle:
     """Take attention and feed-forward branches of a pipeline's transformer from the last full evaluation.
@@ -93,13 +94,14 @@ def apply_layer_cache(
         reuse: For each evaluation of a run the numbers of the branches to take, such as ``router.reuse(0.1)``. The
             sampler must make as many evaluations.
         extrapolation: Order of the polynomial through the last kept values that is reused; 0 reuses the last value.
+        schedule: Takes the place of ``interval``, such as ``step_mask(50, "fast")``; not with ``reuse``.
         cache_dir: Where captured graphs are kept, so that the next process does not capture again; None keeps none.
 
     Raises:
         PreconditionError: The object has no denoiser or no scheduler, or a cache is in place already.
     """
     listed = tuple(tuple(numbers) for numbers in reuse)
-    step = InsertLayerCache(listed, interval, tuple(kinds), extrapolation=extrapolation)
+    step = InsertLayerCache(listed, interval, tuple(kinds), extrapolation=extrapolation, schedule=schedule)
     return _apply_pass(pipe, step, cache_dir)
 
 
@@ -119,7 +121,7 @@ def apply_plan(
         ArtifactError: The directory holds no plan.
     """
     staged = plan if isinstance(plan, Staged) else _load_plan(Path(plan), providers)
-    return _apply(pipe, lambda args, kwargs: staged)
+    return _apply(pipe, lambda denoiser, args, kwargs: staged)
 
 
 def _load_plan(folder: Path, providers: Sequence[str] | None) -> Staged[Any]:
@@ -131,9 +133,7 @@ def _load_plan(folder: Path, providers: Sequence[str] | None) -> Staged[Any]:
 
 
 def _apply_pass(pipe: Any, step: Pass, cache_dir: str | os.PathLike[str] | None) -> CacheHandle:
-    denoiser = _denoiser(pipe)[1]
-
-    def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    def make(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         if cache_dir is None:
             return Pipeline([step])(capture(denoiser, args, kwargs)).plan
         return Pipeline([step])(capture_cached(denoiser, args, kwargs, None, cache_dir)).plan

@@ -1,4 +1,4 @@
-"""What a report says of a plan: stages with their cost, the speed-up, and a map of what is kept when."""
+"""What a report says of a plan: stages with their cost, the speed-up, a map of what is kept when, and every evaluation."""
 
 from __future__ import annotations
 
@@ -48,9 +48,25 @@ def plan_section(plan: Mapping[str, Any] | None) -> str:
     kept = sum(plan["registers"].values())
     notes = "".join(f"<br>{escape(note)}" for note in plan["notes"][:8])
     return (
-        f"<h2>Plan</h2>\n<p>{speed}{measured}</p>\n{table(headers, rows)}\n{schedule_map(plan)}\n"
+        f"<h2>Plan</h2>\n<p>{speed}{measured}</p>\n{table(headers, rows)}\n{schedule_map(plan)}\n{evaluations(plan)}\n"
         f'<p class="soft">{len(plan["registers"])} kept tensors of {count(kept)} bytes at the example\'s sizes.{notes}</p>'
     )
+
+
+def evaluations(plan: Mapping[str, Any]) -> str:
+    """Return a table with a row for each evaluation: what it takes by kind, what it computes, and how fast that is."""
+    stages = plan["stages"]
+    full = stages["refresh"]["cost"]["total_macs"]
+    kinds = list(dict.fromkeys(kind for facts in stages.values() for kind in facts.get("taken", {})))
+    headers = [("number", "evaluation"), text("stage"), *(("number", f"{kind} taken") for kind in kinds)]
+    headers += [("number", "multiply-accumulates"), ("number", "times as fast")]
+    rows = []
+    for i, stage in enumerate(plan["ran"]):
+        facts = stages[stage]
+        macs = facts["cost"]["total_macs"]
+        taken = [number(facts.get("taken", {}).get(kind, 0)) for kind in kinds]
+        rows.append([number(i), name(stage), *taken, number(macs), number(round(full / macs, 2) if macs else None)])
+    return f"<details><summary>Every evaluation</summary>\n{table(headers, rows)}\n</details>"
 
 
 def schedule_map(plan: Mapping[str, Any]) -> str:

@@ -53,6 +53,7 @@ _WHERE = {
     "apply_layer_cache": "tools.pipelines",
     "apply_plan": "tools.pipelines",
     "capture": "frontends.capture",
+    "centred": "graph.schedules",
     "cost": "graph.cost",
     "depgraph": "graph.depgraph",
     "export_onnx": "backends.onnx_export",
@@ -64,6 +65,8 @@ _WHERE = {
     "load_onnx_plan": "backends.onnx_export",
     "load_plan": "graph.serialize",
     "load_program": "graph.serialize",
+    "masked": "graph.schedules",
+    "picture_weights": "passes.picture_weights",
     "register_rule": "graph.rules",
     "residual_joins": "graph.joins",
     "resize": "graph.resize",
@@ -71,10 +74,12 @@ _WHERE = {
     "save_plan": "graph.serialize",
     "save_program": "graph.serialize",
     "skip_joins": "graph.joins",
+    "step_mask": "graph.schedules",
     "train": "passes.trainer",
     "train_layer_router": "passes.train_layer_router",
     "unregister_rule": "graph.rules",
     "verify": "graph.verify",
+    "warmed_up": "graph.schedules",
     "write_back": "frontends.write_back",
 }
 
@@ -112,6 +117,10 @@ if TYPE_CHECKING:
     from .graph.resize import resize as resize
     from .graph.rules import register_rule as register_rule
     from .graph.rules import unregister_rule as unregister_rule
+    from .graph.schedules import centred as centred
+    from .graph.schedules import masked as masked
+    from .graph.schedules import step_mask as step_mask
+    from .graph.schedules import warmed_up as warmed_up
     from .graph.serialize import load_plan as load_plan
     from .graph.serialize import load_program as load_program
     from .graph.serialize import save_plan as save_plan
@@ -131,6 +140,7 @@ if TYPE_CHECKING:
     from .passes.insert_layer_cache import InsertLayerCache as InsertLayerCache
     from .passes.layer_router import LayerRouter as LayerRouter
     from .passes.learn_layer_cache import LearnLayerCache as LearnLayerCache
+    from .passes.picture_weights import picture_weights as picture_weights
     from .passes.remove_channels import RemoveChannels as RemoveChannels
     from .passes.remove_dropout import RemoveDropout as RemoveDropout
     from .passes.router_files import import_router as import_router

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from graphwright.graph.errors import PreconditionError
-from graphwright.graph.schedules import Listed, Schedule, Uniform, alternating, at, centred, decode, masked
+from graphwright.graph.schedules import Listed, Schedule, Uniform, alternating, at, centred, decode, masked, step_mask
 
 # evaluations, interval, center, power: what the released code of DeepCache computes, and what equation 7 says with the
 # power of a negative distance signed.
@@ -63,6 +63,20 @@ def test_masks_and_places() -> None:
 
 
 @pytest.mark.parametrize(
+    ("speed", "full"),
+    [
+        ("slow", [0, 1, 3, 5, 7, 9, 11, 13, 15]),
+        ("medium", [0, 1, 4, 7, 10, 13]),
+        ("fast", [0, 1, 5, 9, 13]),
+        ("ultra", [0, 1, 7, 13]),
+    ],
+)
+def test_step_masks_are_full_at_first_and_sparser_the_faster(speed: str, full: list[int]) -> None:
+    assert step_mask(16, speed) == at(full, 16)
+    assert step_mask(1, speed) == at([0], 1)
+
+
+@pytest.mark.parametrize(
     ("arguments", "cheap"),
     [
         ((6,), (1, 3, 5)),
@@ -100,6 +114,8 @@ def test_shifted_solvers_of_two_evaluations_have_as_many_cheap_ones_as_published
         (lambda: masked("100").program(3), "and this run goes on"),
         (lambda: alternating(0), "a run of 1 or more"),
         (lambda: alternating(9, 3), "1 or 2 a step, got 9 and 3"),
+        (lambda: step_mask(9, "quick"), "a speed of slow, medium, fast, ultra, got 9, 'quick'"),
+        (lambda: step_mask(0), "a run of 1 or more"),
         (lambda: decode({"kind": "random"}), "kind 'random' is not known; known: uniform, listed"),
     ],
 )

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import graphwright as gw
+from graphwright.graph.schedules import Uniform, at, masked, step_mask
 from graphwright.passes.insert_layer_cache import InsertLayerCache
 from graphwright.tools.zoo import ZOO
 
@@ -116,6 +117,39 @@ def test_all_of_a_kind_at_an_interval(dit, kinds: tuple[str, ...], taken: tuple[
     plan = gw.Pipeline([InsertLayerCache(interval_steps=2, kinds=kinds)])(program).plan
     got = sampled(plan.module(), case)
     torch.testing.assert_close(got, by_hand(case, ((), taken, (), taken, ())), rtol=0, atol=1e-5)
+
+
+ALL = (0, 1, 2, 3)
+# What is published as methods of their own: the same programs by other schedules.
+SCHEDULES = {
+    "FORA, every 2": (Uniform(2), "10101"),
+    "FORA, every 3": (Uniform(3), "10010"),
+    "step mask, medium": (step_mask(5, "medium"), "10010"),
+    "step mask, slow": (step_mask(5, "slow"), "10101"),
+    "mask": (masked("11001"), "11001"),
+    "places": (at([0, 4], 5), "10001"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_fora_and_step_masks_are_schedules_of_the_same_programs(dit, name: str) -> None:
+    case, program = dit
+    schedule, full = SCHEDULES[name]
+    plan = gw.Pipeline([InsertLayerCache(schedule=schedule)])(program).plan
+    module = plan.module()
+    got = sampled(module, case)
+    assert module.history() == tuple("refresh" if c == "1" else "reuse" for c in full)
+    want = by_hand(case, tuple(() if c == "1" else ALL for c in full))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    other = gw.Pipeline([InsertLayerCache(interval_steps=2)])(program).plan
+    for stage in ("refresh", "reuse"):
+        mine, theirs = (p.stages[stage].program.graph_module.code for p in (plan, other))
+        assert mine == theirs
+
+
+def test_a_list_and_a_schedule_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="give one of them"):
+        InsertLayerCache(reuse=REUSE, schedule=Uniform(2))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from graphwright.passes.router_baselines import (
     bottom_up,
     branch_changes,
     by_change,
+    evenly_spread,
     random_router,
     router_errors,
     top_down,
@@ -46,6 +47,12 @@ def test_baselines_take_branches_in_the_order_they_say(template: gw.LayerRouter)
     assert bottom_up(template, 11).reuse()[1:10:2] == ((5, 6, 7), (6, 7), (6, 7), (6, 7), (6, 7))
     assert random_router(template, 12, 0).reuse() == random_router(template, 12, 0).reuse()
     assert random_router(template, 12, 0).reuse() != random_router(template, 12, 1).reuse()
+    for removed in (8, 20, 33):
+        reused = ~evenly_spread(template, removed).computed()
+        assert int(reused.sum()) == removed
+        for dim in (0, 1):  # of branches over evaluations, of evaluations over branches
+            counts = reused.sum(dim)
+            assert int(counts.max() - counts.min()) <= 2
     with pytest.raises(gw.PreconditionError, match="40 branches to reuse, got 41"):
         top_down(template, 41)
 

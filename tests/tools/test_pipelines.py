@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import graphwright as gw
+from graphwright.graph.cost import cost
+from graphwright.tools.bench.cache_bed import counting
 from graphwright.tools.bench.cache_models import draw as drawn
 from graphwright.tools.bench.cache_models import switch_guidance_off, tiny_pipeline
 
@@ -55,6 +57,22 @@ def test_pictures_are_those_of_the_package(branch: int) -> None:
     assert history(handle) == "F--F--"
     assert float((got - without).abs().max()) > 1e-4
     assert "6 evaluations, 2 of them full" in handle.summary()
+
+
+def test_the_summary_says_what_really_ran() -> None:
+    pipe = pipeline()
+    handle = gw.apply_deepcache(pipe, interval=3, branch=1)
+    drawn(pipe)  # which captures
+    with counting() as counter:
+        drawn(pipe)
+    spent = counter.get_total_flops() / 2
+    # Without the decoder of the autoencoder, which does not run for latents.
+    full, reuse = (cost(handle.plan.stages[name].program).total_macs for name in ("refresh", "reuse"))
+    assert spent == 2 * full + 4 * reuse
+    (feature,) = handle.cached._last._runs[""].registers["cached_feature"]
+    lines = handle.summary().splitlines()
+    assert f"  {spent / 1e9:.4g} of {6 * full / 1e9:.4g} G MACs: at most {6 * full / spent:.2f} times as fast" in lines
+    assert f"  {feature[1].numel() * 4 / 1e6:.4g} MB kept" in lines
 
 
 def test_undone_the_pipeline_is_what_it_was() -> None:

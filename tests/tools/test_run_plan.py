@@ -14,14 +14,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import graphwright as gw
 from graphwright.graph.plan import Plan
 from graphwright.graph.serialize import load_plan
 from graphwright.tools.cli import app
-from graphwright.tools.outputs import load_output, measured_speedup, output_cost
+from graphwright.tools.outputs import load_output, measured_speedup, output_cost, plan_facts
 from graphwright.tools.recipe import read_recipe
 from graphwright.tools.report import write_report
-from graphwright.tools.report_plan import schedule_map
+from graphwright.tools.report_plan import evaluations, schedule_map
 from graphwright.tools.run import Outcome, Runner
+from graphwright.tools.zoo import ZOO
 
 DENOISER = """
 import torch
@@ -145,6 +147,38 @@ def test_the_map_has_a_cell_for_each_register_and_evaluation(outcome: Outcome, d
     assert "evaluation 3, refresh: cached_feature computed" in shown
     assert "evaluation 4, reuse: cached_feature taken" in shown
     assert shown in page
+
+
+def test_every_evaluation_has_what_it_takes_and_costs(outcome: Outcome, data: dict[str, Any]) -> None:
+    page = (outcome.directory / "report.html").read_text(encoding="utf-8")
+    shown = evaluations(data["plan"])
+    assert shown in page
+    macs = {name: facts["cost"]["total_macs"] for name, facts in data["plan"]["stages"].items()}
+    speed = round(macs["refresh"] / macs["reuse"], 2)
+    assert _cells(shown)[3:5] == [
+        ["3", "refresh", "0", f"{macs['refresh']:,}", "1"],
+        ["4", "reuse", "1", f"{macs['reuse']:,}", f"{speed:g}"],
+    ]
+    assert len(_cells(shown)) == 20
+
+
+def test_branches_taken_are_counted_by_kind() -> None:
+    case = ZOO["dit"].build()
+    program = gw.capture(case.model, case.args, case.kwargs, case.dynamic)
+    reuse = ((), (0, 3), (), (0, 1, 2), (0, 1, 2, 3))
+    facts = plan_facts(gw.Pipeline([gw.InsertLayerCache(reuse=reuse)])(program).plan)
+    assert facts is not None
+    cells = _cells(evaluations(facts))
+    # Attention is branch 0 and 2, feed-forward 1 and 3.
+    assert [row[2:4] for row in cells] == [["0", "0"], ["1", "1"], ["0", "0"], ["2", "1"], ["2", "2"]]
+    costs = [facts["stages"][stage]["cost"]["total_macs"] for stage in facts["ran"]]
+    assert [row[4] for row in cells] == [f"{value:,}" for value in costs]
+    assert costs[0] == costs[2] > costs[1] > costs[3] > costs[4]
+
+
+def _cells(shown: str) -> list[list[str]]:
+    lines = re.findall(r"<tr>(.*?)</tr>", shown)[1:]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in lines]
 
 
 def test_a_rerun_finds_everything_done(outcome: Outcome, denoiser: None) -> None:

@@ -1,8 +1,9 @@
-"""``graphwright bench cache [macs] [deepcache] [hooks]``: caches of diffusion models beside what others publish and ship.
+"""``graphwright bench cache [PART...]``: caches of diffusion models beside what others publish and ship.
 
 ``macs`` counts the published tables of DeepCache from configurations. ``deepcache`` runs beside the package DeepCache: time,
 memory and equality on the U-Net of Stable Diffusion 1.5, and calls that the package gets wrong. ``hooks`` draws digits with
-our caches, with those of diffusers and with fewer steps, and compares the pictures at the cost that was really spent.
+our caches, with those of diffusers and with fewer steps, and compares the pictures at the cost that was really spent. ``onnx``
+samples with exported plans in ONNX Runtime. ``gpu`` times a whole run on a GPU, and says "not measured" where there is none.
 Rows are written to the file of ``--json`` as they come; a rerun with the same file goes on where it was.
 """
 
@@ -16,12 +17,12 @@ from pathlib import Path
 import torch
 
 from ..render import print_lines, print_table
-from . import cache_cases, cache_deepcache, cache_hooks, cache_macs
+from . import cache_cases, cache_deepcache, cache_gpu, cache_hooks, cache_macs, cache_onnx
 from .cache_rows import Row, Rows, cheapest_first, front
 from .timing import environment, one_thread, sentence
 
 BRANCHES = (0, 1, 2, 3, 11)
-PARTS = ("macs", "deepcache", "hooks")
+PARTS = ("macs", "deepcache", "hooks", "onnx", "gpu")
 
 Column = tuple[str, Callable[[Row], str]]
 
@@ -67,6 +68,16 @@ SIDE_BY_SIDE: tuple[Column, ...] = (
     ("in time", _holds("in_time")),
     ("kept MB", _number("kept_mb", ".1f")),
     ("theirs", _number("their_kept_mb", ".1f")),
+    ("peak MB", _number("peak_mb", ".0f")),
+    ("theirs", _number("their_peak_mb", ".0f")),
+    ("PSNR dB", _number("psnr", ".1f")),
+)
+ATTENTION: tuple[Column, ...] = (
+    ("N", _text("interval")),
+    ("s", _number("seconds", ".1f")),
+    ("speed-up", _number("speedup", ".2f")),
+    ("by MACs", _number("bound", ".2f")),
+    ("PSNR dB", _number("psnr", ".1f")),
 )
 CASES: tuple[Column, ...] = (("case", _text("case")), ("theirs", _text("theirs")), ("ours", _text("ours")))
 HOOKS: tuple[Column, ...] = (
@@ -81,6 +92,28 @@ HOOKS: tuple[Column, ...] = (
     ("fewer steps", _number("steps_error", ".4f")),
     ("note", _text("note")),
 )
+ONNX: tuple[Column, ...] = (
+    ("model", _text("model")),
+    ("setting", _text("setting")),
+    ("difference", _number("max_difference", ".2g")),
+    ("uncached s", _number("full_s", ".2f")),
+    ("ours s", _number("ours_s", ".2f")),
+    ("speed-up", _number("speedup", ".2f")),
+    ("by MACs", _number("bound", ".2f")),
+    ("share", _number("share", ".2f")),
+    ("in time", _holds("in_time")),
+)
+GPU: tuple[Column, ...] = (
+    ("what", _text("what")),
+    ("uncached s", _number("full_s", ".2f")),
+    ("ours s", _number("ours_s", ".2f")),
+    ("speed-up", _number("speedup", ".2f")),
+    ("at least", _number("target", ".1f")),
+    ("by MACs", _number("bound", ".2f")),
+    ("PSNR dB", _number("psnr", ".1f")),
+    ("holds", _holds("holds")),
+    ("note", _text("note")),
+)
 
 
 def show(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
@@ -89,7 +122,23 @@ def show(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
     print_table(title, [header for header, _ in columns], [[cell(row) for _, cell in columns] for row in rows], right)
 
 
-WORDS = frozenset({"model", "what", "source", "unit", "note", "case", "who", "method", "setting", "ours", "theirs"})
+WORDS = frozenset(
+    {
+        "model",
+        "what",
+        "source",
+        "unit",
+        "note",
+        "case",
+        "who",
+        "method",
+        "setting",
+        "ours",
+        "theirs",
+        "in time",
+        "holds",
+    }
+)
 
 
 def macs(rows: Rows, options: argparse.Namespace) -> int:
@@ -109,6 +158,11 @@ def deepcache(rows: Rows, options: argparse.Namespace) -> int:
     found = cache_deepcache.bench(rows, bed, options.branches, options.intervals)
     title = f"U-Net of Stable Diffusion 1.5, latents {options.latent}x{options.latent}, {bed.steps} steps with guidance"
     show(f"{title}, CPU seconds of one thread", SIDE_BY_SIDE, found)
+    show(
+        "the same with PyramidAttentionBroadcast of diffusers",
+        ATTENTION,
+        cache_deepcache.attention(rows, bed, options.intervals),
+    )
     cases = [
         row
         for name in cache_cases.CASES
@@ -121,7 +175,7 @@ def deepcache(rows: Rows, options: argparse.Namespace) -> int:
 def hooks(rows: Rows, options: argparse.Namespace) -> int:
     """Print what caches cost and how far they lead from the uncached pictures, one table a model."""
     for name in options.models:
-        found = cache_hooks.bench(rows, name, options.steps, options.count)
+        found = cache_hooks.bench(rows, name, options.steps, options.count, options.only)
         found = cheapest_first(found)
         for column in ("error", "frechet"):
             for i in front(found, column):
@@ -135,8 +189,25 @@ def hooks(rows: Rows, options: argparse.Namespace) -> int:
     return 0
 
 
+def onnx(rows: Rows, options: argparse.Namespace) -> int:
+    """Print plans in ONNX Runtime; return how many differ from the plan in PyTorch."""
+    found = cache_onnx.bench(rows)
+    show("whole sampling runs in ONNX Runtime on one thread, CPU seconds", ONNX, found)
+    return sum(not row["equal"] for row in found)
+
+
+def gpu(rows: Rows, options: argparse.Namespace) -> int:
+    """Print a whole run on a GPU, or that it was not measured; return whether it is too slow."""
+    found = cache_gpu.bench(rows)
+    show("whole sampling runs on a GPU, seconds", GPU, found)
+    return sum(row.get("holds") is False for row in found)
+
+
 def _branches(text: str) -> tuple[int, ...]:
     return tuple(range(12)) if text == "all" else tuple(int(part) for part in text.split(","))
+
+
+RUN = {"macs": macs, "deepcache": deepcache, "hooks": hooks, "onnx": onnx, "gpu": gpu}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", default=cache_hooks.MODELS, help="hooks: builtin denoisers of digits")
     parser.add_argument("--steps", type=int, default=50, help="hooks: of the uncached run")
     parser.add_argument("--count", type=int, default=500, help="hooks: pictures of every run")
+    parser.add_argument("--only", default="", help="hooks: caches whose name has this in it, such as LearnLayerCache")
     return parser
 
 
@@ -171,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         print_lines(sentence(about))
         rows = Rows(options.json, about)
         for part in options.parts or PARTS:
-            wrong += {"macs": macs, "deepcache": deepcache, "hooks": hooks}[part](rows, options)
+            wrong += RUN[part](rows, options)
     return int(wrong > 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from ...graph.joins import residual_joins, skip_joins
 from ...graph.plan import Plan
@@ -11,11 +12,16 @@ from ...graph.schedules import Schedule, Uniform, centred, warmed_up
 from ...passes.base import Pass, Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
 from ...passes.insert_layer_cache import KINDS, InsertLayerCache
-from .cache_bed import Bed, Model
+from ...passes.layer_router import LayerRouter
+from ...passes.train_layer_router import train_layer_router
+from ..digits_labels import sampling
+from .cache_bed import GUIDANCE, Bed, Model
 
 INTERVALS = (2, 3, 5)
 # Of extrapolation, as TaylorSeer's default.
 ORDER = 1
+# Of the training of routers: runs of a few digits, the most that a logit moves, and where gates are cut.
+ROUNDS, DIGITS, RATE, THRESHOLDS = 60, 8, 0.1, (0.1, 0.9)
 # Shares of the uncached run's steps.
 FEWER = (0.8, 0.66, 0.5, 0.4, 0.34, 0.26, 0.2, 0.16, 0.1)
 
@@ -52,7 +58,7 @@ def fewer_steps(bed: Bed) -> list[Contender]:
 
 def ours(bed: Bed) -> list[Contender]:
     """Return every cache of ours that applies to the denoiser."""
-    return [*_feature_caches(bed), *_layer_caches(bed)]
+    return [*_feature_caches(bed), *_layer_caches(bed), *_learned(bed)]
 
 
 def _feature_caches(bed: Bed) -> Iterator[Contender]:
@@ -76,6 +82,29 @@ def _layer_caches(bed: Bed) -> Iterator[Contender]:
             yield _contender("InsertLayerCache", f"{label}, N={interval}", plan, Uniform(interval))
         if kinds == KINDS:
             yield from _extrapolated(bed, "InsertLayerCache", label, plan)
+
+
+def _learned(bed: Bed) -> Iterator[Contender]:
+    """Learning-to-Cache, on transformers: routers of which one evaluation in N is full, at two thresholds."""
+    if not bed.labelled:
+        return
+    for interval in INTERVALS[:2]:
+        router = cache(lambda interval=interval: _router(bed, interval))
+        for threshold in THRESHOLDS:
+            yield Contender(
+                "graphwright",
+                "LearnLayerCache",
+                f"one in {interval} full, threshold {threshold}",
+                lambda router=router, threshold=threshold: Pipeline([router().layer_cache(threshold, bed.names[1])])(
+                    bed.program
+                ).plan.module(),
+            )
+
+
+def _router(bed: Bed, interval: int) -> LayerRouter:
+    cheap = [i for i in range(bed.steps) if i % interval]
+    sample = sampling(DIGITS, bed.steps, GUIDANCE)
+    return train_layer_router(bed.program, sample, evaluations=bed.steps, cheap=cheap, lr=RATE, rounds=ROUNDS)
 
 
 def _extrapolated(bed: Bed, method: str, setting: str, plan: Callable[[], Plan]) -> Iterator[Contender]:

@@ -1,11 +1,13 @@
 """``graphwright bench cache deepcache``: beside the package DeepCache, on the U-Net of Stable Diffusion 1.5 at full width.
 
 Both run the same sampling loop on the same random weights in one process, one evaluation of ours, then one of theirs. The
-difference of the latents must be at most 1e-4. Seconds are CPU seconds of the process.
+difference of the latents must be at most 1e-4. Seconds are CPU seconds of the process. Beside them is the attention cache of
+diffusers that takes this model, PyramidAttentionBroadcast, at the same intervals.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +26,11 @@ from ...graph.program import Program
 from ...graph.schedules import REFRESH, REUSE, Uniform
 from ...passes.base import Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
+from .cache_bed import counting
 from .cache_helper import kept_bytes, package
 from .cache_models import BETAS, SD_15, conditional
 from .cache_rows import Row, Rows, progress
+from .memory import peak_bytes
 
 GUIDANCE = 7.5
 MOST_DIFFERENT = 1e-4
@@ -111,17 +115,29 @@ class SideBySide:
         plan, kept, seconds = self._plans[branch]
         return replace(plan, schedule=Uniform(interval)), kept, seconds
 
-    def lane(self, unet: Callable[..., Any]) -> Lane:
+    def lane(self, unet: Callable[..., Any], steps: int | None = None) -> Lane:
         """Return a new sampling run."""
-        return Lane(unet, *self.inputs, self.steps)
+        return Lane(unet, *self.inputs, steps or self.steps)
 
+    @cached_property
     @torch.no_grad()
-    def uncached(self) -> list[Row]:
-        """Measure the run without a cache."""
+    def plain(self) -> Lane:
+        """The run without a cache, through."""
         lane = self.lane(self.unet)
         for i, _ in enumerate(lane.run()):
             progress(f"  evaluation {i + 1} of {self.steps}: {lane.seconds[-1]:.2f} s")
-        return [{"uncached_s": sum(lane.seconds), "full_s": statistics.median(lane.seconds)}]
+        return lane
+
+    def uncached(self) -> list[Row]:
+        """Measure the run without a cache."""
+        seconds = self.plain.seconds
+        peak = _megabytes(self.peak(self.lane(self.unet, 1)))
+        return [{"uncached_s": sum(seconds), "full_s": statistics.median(seconds), "peak_mb": peak}]
+
+    @torch.no_grad()
+    def peak(self, lane: Lane) -> int | None:
+        """Take a whole run; return the most memory it needs beside the weights, with what the cache keeps."""
+        return peak_bytes(lambda: list(lane.run()))
 
     @torch.no_grad()
     def compare(self, branch: int, interval: int) -> list[Row]:
@@ -147,7 +163,64 @@ class SideBySide:
         row |= _difference(ours.latents, theirs.latents)
         row |= _ratios(ran, ours.seconds, theirs.seconds, macs[REUSE] / macs[REFRESH])
         row |= {"kept_mb": kept / 1e6, "their_kept_mb": their_bytes / 1e6}
+        row["psnr"] = psnr(ours.latents, self.plain.latents)
         return [row | {"capture_s": self.capture_seconds, "insert_s": insert_seconds}]
+
+    def memory(self, branch: int) -> list[Row]:
+        """Measure the memory of a full evaluation and a reuse, ours and theirs, beside the weights."""
+        plan, _, _ = self.plan(branch, 2)
+        module = plan.module()
+        mine = self.peak(self.lane(module, 2))
+        module.reset()
+        theirs = self.lane(self.unet, 2)
+        with package(SimpleNamespace(unet=self.unet, scheduler=theirs.scheduler), 2, branch):
+            peak = self.peak(theirs)
+        return [{"peak_mb": _megabytes(mine), "their_peak_mb": _megabytes(peak)}]
+
+    @torch.no_grad()
+    def pyramid(self, interval: int) -> list[Row]:
+        """Measure the attention cache of diffusers that takes this model, all attention kept at all times."""
+        from importlib import import_module
+
+        hooks: Any = import_module("diffusers.hooks")
+        with torch.device("meta"):
+            twin = conditional(self.config)  # hooks stay in a module; this one has the same weights
+        twin.load_state_dict(self.unet.state_dict(), assign=True)
+        now = [0]
+        always = (-1, 1001)
+        config = hooks.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=interval,
+            cross_attention_block_skip_range=interval,
+            spatial_attention_timestep_skip_range=always,
+            cross_attention_timestep_skip_range=always,
+            current_timestep_callback=lambda: now[0],
+        )
+        hooks.apply_pyramid_attention_broadcast(twin, config)
+
+        def unet(sample: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+            now[0] = int(t)
+            return twin(sample, t, *args, **kwargs)
+
+        lane = self.lane(unet)
+        list(lane.run())
+        with counting() as counter:  # which is slow: of as many evaluations as one full one is followed by
+            list(self.lane(unet, interval).run())
+        full, ran = cost(self.program).total_macs, Uniform(interval).programs(self.steps)
+        reuse = (counter.get_total_flops() / 2 - full) / (interval - 1)
+        bound = full * self.steps / sum(full if name == REFRESH else reuse for name in ran)
+        row: Row = {"interval": interval, "seconds": sum(lane.seconds), "bound": bound}
+        return [row | {"psnr": psnr(lane.latents, self.plain.latents)}]
+
+
+def psnr(picture: Tensor, reference: Tensor) -> float | None:
+    """Return the peak signal-to-noise ratio in dB, with the reference's range for the signal; None if they are equal."""
+    squared = float((picture - reference).square().mean())
+    span = float(reference.max() - reference.min())
+    return 10 * math.log10(span * span / squared) if squared else None
+
+
+def _megabytes(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> Row:
@@ -175,7 +248,22 @@ def bench(rows: Rows, bed: SideBySide, branches: Sequence[int], intervals: Seque
     uncached = rows.unit("deepcache", f"{key}, uncached", bed.uncached)[0]["uncached_s"]
     found: list[Row] = []
     for branch in branches:
+        peaks = rows.unit("deepcache", f"{key}, branch {branch}, memory", lambda b=branch: bed.memory(b))[0]
         for interval in intervals:
             unit = f"{key}, branch {branch}, N={interval}"
-            found += rows.unit("deepcache", unit, lambda b=branch, n=interval: bed.compare(b, n))
+            found += [
+                row | peaks for row in rows.unit("deepcache", unit, lambda b=branch, n=interval: bed.compare(b, n))
+            ]
     return [row | {"speedup": uncached / row["ours_s"], "their_speedup": uncached / row["theirs_s"]} for row in found]
+
+
+def attention(rows: Rows, bed: SideBySide, intervals: Sequence[int]) -> list[Row]:
+    """Measure the attention cache of diffusers at every interval."""
+    key = f"latent {bed.latent}, {bed.steps} steps"
+    uncached = rows.unit("deepcache", f"{key}, uncached", bed.uncached)[0]["uncached_s"]
+    found = [
+        row
+        for interval in intervals
+        for row in rows.unit("deepcache", f"{key}, attention, N={interval}", lambda n=interval: bed.pyramid(n))
+    ]
+    return [row | {"speedup": uncached / row["seconds"]} for row in found]

@@ -44,12 +44,21 @@ def reference(bed: Bed) -> list[Row]:
     return [first, row | {"setting": "other noise", "frechet": other.frechet, "note": "what chance makes of it"}]
 
 
-def bench(rows: Rows, name: str, steps: int, count: int) -> list[Row]:
-    """Measure everything on one denoiser; rows have what fewer steps give at the same cost beside them."""
+def bench(rows: Rows, name: str, steps: int, count: int, only: str = "") -> list[Row]:
+    """Measure everything on one denoiser; rows have what fewer steps give at the same cost beside them.
+
+    Args:
+        rows: Of earlier runs.
+        name: Of the denoiser.
+        steps: Of the uncached run.
+        count: Pictures of a run.
+        only: Leave out caches whose method and setting do not contain this.
+    """
     part, key = "hooks", f"{name}, {steps} steps, {count} pictures"
     bed = Bed(name, steps, count)
     found = list(rows.unit(part, f"{key}, uncached", lambda: reference(bed)))
-    for contender in (*fewer_steps(bed), *ours(bed), *theirs(bed)):
+    caches = [contender for contender in (*ours(bed), *theirs(bed)) if only in contender.key]
+    for contender in (*fewer_steps(bed), *caches):
         found += rows.unit(part, f"{key}, {contender.key}", lambda c=contender: measure(bed, c))
     return _merged(beside_fewer_steps(found))
 

@@ -54,6 +54,12 @@ SD_15: dict[str, Any] = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
+# Stable Diffusion 2.1.
+SD_21: dict[str, Any] = SD_15 | {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
 # Two levels of small widths, 6 branches.
 TINY_SD: dict[str, Any] = {
     "sample_size": 8,

@@ -1,13 +1,13 @@
 """``graphwright bench learned-routers``: a router that learned on ``builtin:digits-dit``, beside others of its size.
 
-    graphwright bench learned-routers [--seeds 5] [--out FILE] [--json]
+    graphwright bench learned-routers [--seeds 5] [--steps 20] [--out FILE] [--json]
 
-Runs of 20 DDIM steps with guidance 2; every second evaluation may reuse any of 12 branches. A router learns in 100 rounds of
-8 digits (Learning-to-Cache, arXiv 2406.01733); the others reuse as many branches: those that change least, evenly from the
-top or the bottom of the network, the same in every run ("uniform"), or at random. A seed is of the training, of the random
-choice and of the noise. *Error* is the mean squared difference of a cheap evaluation from the full model's in runs of other
-noise; *pictures* the root mean squared difference of 256 digits from those of the model without a cache; with their Frechet
-distance to the real digits.
+DDIM runs with guidance 2; every second evaluation may reuse any of 12 branches. A router learns in 100 rounds of 8 digits
+(Learning-to-Cache, arXiv 2406.01733); the others reuse as many branches: those that change least, spread evenly over
+evaluations and network ("uniform"), from its top or its bottom, or at random. A seed is of the training, of the random choice
+and of the noise. *Error* is the mean squared difference of a cheap evaluation from the full model's in runs of other noise;
+*pictures* the root mean squared difference of 512 digits from those of the model without a cache; with their Frechet distance
+to the real digits. The last columns say in how many seeds the learned router is better by each of the three.
 """
 
 from __future__ import annotations
@@ -22,73 +22,88 @@ import torch
 
 from ...passes.base import Pipeline
 from ...passes.layer_router import LayerRouter
-from ...passes.router_baselines import bottom_up, branch_changes, by_change, random_router, router_errors, top_down
+from ...passes.router_baselines import (
+    bottom_up,
+    branch_changes,
+    by_change,
+    evenly_spread,
+    random_router,
+    router_errors,
+    top_down,
+)
 from ...passes.train_layer_router import train_layer_router
 from .. import render
 from ..digits_labels import sampling
 from ..facts import machine
-from .cache_bed import GUIDANCE, Bed
+from .cache_bed import GUIDANCE, Bed, Drawn
 from .cache_rows import Row, Rows
 
-SEEDS, RANDOM = 5, 20
-STEPS, PICTURES = 20, 256
+# Random routers whose error is measured, and how many of them draw pictures.
+SEEDS, RANDOM, DRAWN = 5, 20, 3
+STEPS, PICTURES = 20, 512
+LEARNED = "learned"
+METRICS = ("error", "pictures", "frechet")
 ROUNDS, DIGITS, RATE, THRESHOLD = 100, 8, 0.1, 0.1
 
 
 def seed_rows(bed: Bed, seed: int) -> list[Row]:
     """Return one row for each router of a seed, and one for the model without a cache."""
-    program, sample = bed.program, sampling(DIGITS, STEPS, GUIDANCE)
+    program, sample = bed.program, sampling(DIGITS, bed.steps, GUIDANCE)
     learned = train_layer_router(
-        program, sample, evaluations=STEPS, lr=RATE, rounds=ROUNDS, seed=seed, threshold=THRESHOLD
+        program, sample, evaluations=bed.steps, lr=RATE, rounds=ROUNDS, seed=seed, threshold=THRESHOLD
     )
     removed = sum(learned.removed().values())
     changes = branch_changes(program, sample, learned, seed=1000 + seed)
     drawn = [random_router(learned, removed, RANDOM * seed + i) for i in range(RANDOM)]
     routers = {
-        "learned": learned,
+        LEARNED: learned,
         "least change": by_change(learned, changes, removed),
-        "uniform, first branches": top_down(learned, removed),
-        "uniform, last branches": bottom_up(learned, removed),
-        "random": drawn[0],
+        "uniform": evenly_spread(learned, removed),
+        "top-down": top_down(learned, removed),
+        "bottom-up": bottom_up(learned, removed),
     }
     errors = router_errors(program, sample, [*routers.values(), *drawn], seed=2000 + seed)
     random_errors = errors[len(routers) :]
     uncached = bed.draw(bed.module, seed=seed)
     rows: list[Row] = [{"router": "no cache", "seed": seed, "frechet": round(uncached.frechet, 4)}]
     for (name, router), error in zip(routers.items(), errors, strict=False):
-        pictures = bed.draw(_module(bed, router), seed=seed)
-        rows.append(
-            {
-                "router": name,
-                "seed": seed,
-                "removed": sum(router.removed().values()),
-                "of": router.logits.numel(),
-                "mac_ratio": round(pictures.macs / uncached.macs, 4),
-                "error": error,
-                "pictures": round(pictures.error(uncached), 5),
-                "frechet": round(pictures.frechet, 4),
-            }
-        )
-    best, mean = min(random_errors), statistics.mean(random_errors)
-    rows.append({"router": f"random, mean of {RANDOM}", "seed": seed, "removed": removed, "error": mean})
-    rows.append({"router": f"random, best of {RANDOM}", "seed": seed, "removed": removed, "error": best})
-    return rows
+        rows.append(_drawn(bed, router, uncached, seed) | {"router": name, "error": error})
+    found = [_drawn(bed, router, uncached, seed) for router in drawn[:DRAWN]]
+    mean = {column: statistics.mean(row[column] for row in found) for column in ("mac_ratio", "pictures", "frechet")}
+    rows.append(found[0] | mean | {"router": "random, mean", "error": statistics.mean(random_errors)})
+    return [
+        *rows,
+        {"router": f"random, best of {RANDOM}", "seed": seed, "removed": removed, "error": min(random_errors)},
+    ]
+
+
+def _drawn(bed: Bed, router: LayerRouter, uncached: Drawn, seed: int) -> Row:
+    pictures = bed.draw(_module(bed, router), seed=seed)
+    return {
+        "seed": seed,
+        "removed": sum(router.removed().values()),
+        "of": router.logits.numel(),
+        "mac_ratio": round(pictures.macs / uncached.macs, 4),
+        "pictures": round(pictures.error(uncached), 5),
+        "frechet": round(pictures.frechet, 4),
+    }
 
 
 def _module(bed: Bed, router: LayerRouter) -> torch.nn.Module:
     return Pipeline([router.layer_cache()])(bed.program).plan.module()
 
 
-def run(seeds: int, rows: Rows) -> Iterator[Row]:
+def run(seeds: int, rows: Rows, steps: int = STEPS) -> Iterator[Row]:
     """Yield the rows of every seed."""
-    bed = Bed("digits-dit", STEPS, PICTURES)
+    bed = Bed("digits-dit", steps, PICTURES)
     for seed in range(seeds):
-        yield from rows.unit("digits-dit", f"seed {seed}", lambda seed=seed: seed_rows(bed, seed))
+        yield from rows.unit("digits-dit", f"{steps} steps, seed {seed}", lambda seed=seed: seed_rows(bed, seed))
 
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the lines of the table: means and standard deviations over the seeds; of errors the range."""
+    """Return the lines of the table: means and standard deviations over the seeds; of errors the range; seeds won."""
     lines = []
+    learned = {row["seed"]: row for row in rows if row["router"] == LEARNED}
     for name in dict.fromkeys(row["router"] for row in rows):
         found = [row for row in rows if row["router"] == name]
         errors = [row["error"] for row in found if "error" in row]
@@ -98,6 +113,10 @@ def summary(rows: Sequence[Row]) -> list[list[str]]:
         line.append(f"{min(errors):.1e} to {max(errors):.1e}" if errors else "")
         for column, form in (("pictures", "{:.4f}"), ("frechet", "{:.3f}")):
             line.append(_spread([row[column] for row in found if column in row], form))
+        for column in METRICS:
+            pairs = [(learned[row["seed"]][column], row[column]) for row in found if column in row]
+            shown = pairs and name != LEARNED and "removed" in found[0]
+            line.append(f"{sum(mine < other for mine, other in pairs)} of {len(pairs)}" if shown else "")
         lines.append(line)
     return lines
 
@@ -113,16 +132,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="graphwright bench learned-routers", description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler")
     parser.add_argument("--out", type=Path, help="file of rows; a run that was stopped goes on from it")
     parser.add_argument("--json", action="store_true", help="one object a row instead of a table")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = []
-    for row in run(options.seeds, Rows(options.out, machine())):
+    for row in run(options.seeds, Rows(options.out, machine()), options.steps):
         found.append(row)
         if options.json:
             print(json.dumps(row), flush=True)
     if not options.json:
         headers = ["router", "reused", "MACs", "error", "pictures", "Frechet distance"]
-        render.print_table("digits-dit, 20 steps", headers, summary(found))
+        headers += [f"better by {column}" for column in METRICS]
+        render.print_table(f"digits-dit, {options.steps} steps, {PICTURES} pictures", headers, summary(found))
     return 0

@@ -1,0 +1,148 @@
+"""``graphwright bench cache onnx``: cached plans in ONNX Runtime, over whole sampling runs.
+
+A plan and the uncached denoiser are exported, and both sample in ONNX Runtime on one thread of the CPU, in turns. The pictures of
+the exported plan are to be those of the plan in PyTorch within 1e-4 of the largest value, and its speed-up over the exported
+denoiser is to be at least nine tenths of what the multiply-accumulates say. Seconds are CPU seconds of a whole run, sampler
+included, the median of the repeats.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...backends.onnx_export import export_onnx, load_onnx_plan
+from ...backends.runner_program import RunnerProgram
+from ...graph.cost import cost
+from ...graph.program import Program
+from ...graph.schedules import REFRESH
+from ...passes.base import Pass, Pipeline
+from ...passes.insert_feature_cache import InsertFeatureCache
+from ...passes.insert_layer_cache import InsertLayerCache
+from ..digits import sample_digits
+from .cache_bed import Bed, Model
+from .cache_deepcache import SideBySide
+from .cache_models import SD_15
+from .cache_rows import Row, Rows
+
+MOST_DIFFERENT = 1e-4
+# Of the speed-up that multiply-accumulates say.
+LEAST = 0.9
+REPEATS = 3
+CPU = ["cpu"]
+# The layout of Stable Diffusion 1.5 at a quarter of its widths.
+SD_QUARTER: dict[str, Any] = SD_15 | {"block_out_channels": (80, 160, 320, 320), "attention_head_dim": 4}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A denoiser, what draws with it, and caches of it.
+
+    Attributes:
+        name: In the table.
+        steps: Evaluations of a run.
+        program: Captures it.
+        draw: Draws with a model that is called like the denoiser.
+        caches: By how the table calls them.
+    """
+
+    name: str
+    steps: int
+    program: Callable[[], Program]
+    draw: Callable[[Model], Tensor]
+    caches: dict[str, Pass]
+
+
+def subjects(steps: int = 50, count: int = 64, sd_steps: int = 10) -> list[Subject]:
+    """Return what is measured."""
+    ddpm, dit, sd = (
+        Bed("digits-ddpm", steps, count),
+        Bed("digits-dit", steps, count),
+        SideBySide(SD_QUARTER, 32, sd_steps),
+    )
+    feature = {f"DeepCache, branch 0, N={n}": InsertFeatureCache(interval_steps=n, branch=0) for n in (3, 5)}
+    layers = {f"InsertLayerCache, N={n}": InsertLayerCache(interval_steps=n, timestep=dit.names[1]) for n in (2, 3)}
+    return [
+        Subject("digits-ddpm", steps, lambda: ddpm.program, lambda model: _digits(ddpm, model), dict(feature)),
+        Subject("digits-dit", steps, lambda: dit.program, lambda model: _digits(dit, model), dict(layers)),
+        Subject(
+            "SD 1.5 at quarter width", sd_steps, lambda: sd.program, lambda model: _latents(sd, model), dict(feature)
+        ),
+    ]
+
+
+def _digits(bed: Bed, model: Model) -> Tensor:
+    return sample_digits(bed.denoise(model), bed.count, bed.steps, 0, bed.count)
+
+
+@torch.no_grad()
+def _latents(bed: SideBySide, model: Model) -> Tensor:
+    lane = bed.lane(model)
+    list(lane.run())
+    return lane.latents
+
+
+def rows_of(subject: Subject, name: str, repeats: int = REPEATS) -> list[Row]:
+    """Measure one cache."""
+    program = subject.program()
+    plan = Pipeline([subject.caches[name]])(program).plan
+    want = subject.draw(plan.module())
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(program, Path(folder, "full"), providers=CPU)
+        export_onnx(plan, Path(folder, "plan"), providers=CPU)
+        runner = _opened(Path(folder, "full"))
+        module = load_onnx_plan(Path(folder, "plan"), CPU, threads=1).module()
+        full, got = subject.draw(runner), subject.draw(module)
+        seconds: dict[str, list[float]] = {"full": [], "plan": []}
+        for _ in range(repeats):
+            seconds["full"].append(_seconds(lambda: subject.draw(runner)))
+            module.reset()
+            seconds["plan"].append(_seconds(lambda: subject.draw(module)))
+    ran = plan.schedule.programs(subject.steps)
+    macs = {stage: cost(part.program).total_macs for stage, part in plan.stages.items()}
+    bound = macs[REFRESH] * len(ran) / sum(macs[stage] for stage in ran)
+    spent = {key: statistics.median(found) for key, found in seconds.items()}
+    speedup = spent["full"] / spent["plan"]
+    difference = float((got - want).abs().max() / want.abs().max())
+    row: Row = {
+        "model": subject.name,
+        "setting": name,
+        "max_difference": difference,
+        "equal": difference <= MOST_DIFFERENT,
+    }
+    row |= {"from_uncached": float((full - got).abs().max() / full.abs().max())}
+    row |= {"full_s": spent["full"], "ours_s": spent["plan"], "speedup": speedup, "bound": bound}
+    return [row | {"share": speedup / bound, "in_time": speedup >= LEAST * bound}]
+
+
+def _opened(folder: Path) -> Any:
+    from ...backends.onnx_runner import OnnxRunner
+
+    runner = OnnxRunner(folder, CPU, threads=1)
+    return RunnerProgram(runner, runner.manifest).module()
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def bench(rows: Rows) -> list[Row]:
+    """Measure every cache of every subject."""
+    return [
+        row
+        for subject in subjects()
+        for name in subject.caches
+        for row in rows.unit(
+            "onnx", f"{subject.name}, {subject.steps} steps, {name}", lambda s=subject, n=name: rows_of(s, n)
+        )
+    ]
