@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ DynamicDims = Mapping[str, Mapping[int, str]]
 # torch's recurrent layers keep a list of their weights, which export replaces and restores. Matches no warning that
 # names anything else.
 _RESTORED_LISTS = r"The tensor attributes? (self\.(\w+\.)*_flat_weights\[\d+\](, )?)+ (was|were) assigned during export"
+
+# A trace exchanges weights and functions of torch for its time, which threads share.
+_TRACING = threading.RLock()
 
 _FOREIGN_TYPE = re.compile(r"Found <class '([^']+)'> in output|Unsupported input type <class '([^']+)'>")
 
@@ -115,13 +119,15 @@ def _trace(
 ) -> _Traced:
     """Return the graph, in evaluation mode; that of fixed sizes without `torch.export`, if it can be had without."""
     # Writing the Python code of each intermediate graph is a fifth of the time; lazily, none is written.
-    with _evaluation(model), _use_lazy_graph_module(True):
+    with _TRACING, _evaluation(model), _use_lazy_graph_module(True):
         if not any(labels.values()):
             try:
                 # Made of private parts of torch, which come and go between versions.
                 from .direct_trace import direct_trace
 
                 return _Traced(*direct_trace(model, leaves, in_spec, names), [])
+            except CaptureError:
+                raise
             # Whatever stops it, a fault of the model too, is said by torch.export, or is not in its way.
             except Exception as err:
                 logger.info("%s goes through torch.export: %s", type(model).__name__, first_line(err))
@@ -173,6 +179,9 @@ def _labels_are_equal(model: nn.Module, names: list[str], labels: dict[int, dict
     for i, dims in labels.items():
         for dim, label in dims.items():
             places.setdefault(label, []).append((names[i], dim))
+    if not places:  # a scripted module takes no hook
+        yield
+        return
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = dict(zip(_leaf_names(module, args, kwargs), pytree.tree_leaves((args, kwargs)), strict=True))
@@ -273,6 +282,8 @@ def _require_module(model: object) -> None:
 
 
 def _capture_error(model: nn.Module, err: Exception) -> CaptureError:
+    if isinstance(err, CaptureError):
+        return err
     message = str(err)
     if foreign := _FOREIGN_TYPE.search(message):
         side = "returns" if foreign[1] else "is given"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..graph.program import copy_graph_module, register
 
@@ -28,8 +28,10 @@ def plain_graph(exported: torch.export.ExportedProgram) -> tuple[GraphModule, py
     _read_state(gm, exported)
     _flatten_output(gm)
     _inline_mode_regions(gm)
-    _drop_checks(gm)
+    drop_checks(gm.graph)
     gm = copy_graph_module(gm)
+    name_inputs(gm.graph)
+    gm.recompile()
     gm.graph.lint()
     return gm, out_spec
 
@@ -64,19 +66,28 @@ def _flatten_output(gm: GraphModule) -> None:
     output.args = (tuple(leaves),)
 
 
-def _drop_checks(gm: GraphModule) -> None:
+def drop_checks(graph: Graph) -> None:
     """Erase export's guards and metadata assertions: the Program checks its inputs itself."""
-    for node in reversed(list(gm.graph.nodes)):
+    for node in reversed(list(graph.nodes)):
         name = getattr(node.target, "__name__", str(node.target))
         is_check = (node.op == "call_module" and str(node.target).startswith("_guards")) or (
             node.op == "call_function" and name.startswith(("_assert_", "sym_constrain", "_assert."))
         )
         if is_check and not node.users:
-            gm.graph.erase_node(node)
+            graph.erase_node(node)
     # What only fed a check (comparisons of sizes) is left without users.
-    for node in reversed(list(gm.graph.nodes)):
+    for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users and _is_scalar_arithmetic(node):
-            gm.graph.erase_node(node)
+            graph.erase_node(node)
+
+
+def name_inputs(graph: Graph) -> None:
+    """Let each input have the name of its node, which no other name in the graph's code is; `InputSpec` has the caller's.
+
+    Else an input called like a parameter, ``torch`` or ``class`` is lost in that code, or breaks it.
+    """
+    for node in graph.find_nodes(op="placeholder"):
+        node.target = node.name
 
 
 def _is_scalar_arithmetic(node: Node) -> bool:

@@ -16,6 +16,7 @@ from .guards import prepare
 from .interface import Evaluable, InputSpec
 from .names import GroupName
 from .signature import Signature
+from .writes import owned, written
 
 
 @dataclass
@@ -103,13 +104,9 @@ class Program(Evaluable):
 
     def own_state(self) -> None:
         """Put copies in the place of the tensors that the graph writes into when it runs."""
-        for name in written(self.graph_module):
-            tensor = get_tensor(self.graph_module, name)
-            if tensor is not None:
-                own = tensor.detach().clone()
-                is_parameter = isinstance(tensor, nn.Parameter)
-                own = nn.Parameter(own, tensor.requires_grad) if is_parameter else own
-                set_tensor(self.graph_module, name, own)
+        names = written(self.graph_module.graph)
+        for name, tensor in owned(names, self.tensors() if names else {}).items():
+            set_tensor(self.graph_module, name, tensor)
 
     def module(self) -> nn.Module:
         """Return an ``nn.Module`` with the original's call signature and parameter names."""
@@ -209,25 +206,6 @@ def register(root: nn.Module, name: str, value: Any, persistent: bool) -> None:
         owner.register_buffer(leaf, value, persistent)
     else:
         setattr(owner, leaf, value)
-
-
-def written(gm: GraphModule) -> list[str]:
-    """Return the names of the tensors that operators of the graph write into, through views too."""
-    owner: dict[Node, Node] = {}  # of a value the tensor of the module that it is, or is a view of
-    found: dict[str, None] = {}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            owner[node] = node
-        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-        if schema is None:
-            continue
-        for value, argument in zip(node.args, schema.arguments, strict=False):
-            if argument.alias_info is None or not isinstance(value, Node) or value not in owner:
-                continue
-            if argument.alias_info.is_write:
-                found[str(owner[value].target)] = None
-            owner[node] = owner[value]
-    return list(found)
 
 
 def copy_graph_module(gm: GraphModule) -> GraphModule:

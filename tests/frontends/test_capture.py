@@ -298,3 +298,27 @@ def test_calibration_leaves_the_state_of_the_program_alone() -> None:
     gw.RemoveChannels(ratio=0.5, criterion="taylor")(program, context)
     assert torch.equal(program.tensors()["calls"], before)
     assert program.parameters()["a.weight"].shape == (4, 5)
+
+
+class Named(nn.Module):
+    """Has inputs called like a parameter, like what the code of a graph calls itself, and like words of Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((5,), 2.0))
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, scale: Tensor, layer_weight: Tensor, device: Tensor, inf: Tensor, **more: Tensor) -> Tensor:
+        total = self.layer(scale) * self.scale + 3 * scale + 5 * layer_weight + 7 * device + 11 * inf
+        return total + 13 * more["class"] + 17 * more["torch"]
+
+
+@pytest.mark.parametrize("dynamic", [None, {}], ids=["any batch", "one batch"])
+def test_inputs_may_be_called_anything(dynamic: dict[str, Any] | None) -> None:
+    names = ["scale", "layer_weight", "device", "inf", "class", "torch"]
+    inputs = {name: torch.randn(2, 5, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(names)}
+    model = Named().eval()
+    program = gw.capture(model, (), inputs, dynamic=dynamic)
+    other = {name: value + 1 for name, value in inputs.items()}
+    torch.testing.assert_close(program(**other), model(**other))
+    torch.testing.assert_close(program.copy()(**other), model(**other))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import graphwright as gw
 from graphwright.frontends import capture as capture_module
+from graphwright.frontends.capture import capture
 from graphwright.frontends.direct_trace import NotDirect, direct_trace
+from graphwright.graph.program import Program
 from graphwright.tools.zoo import entries, missing
 
 from .two_traces import direct, same
@@ -148,6 +152,15 @@ def collecting(m: Any, x: Tensor) -> Tensor:
     return m.layer(x)
 
 
+def deep(m: Any, x: Tensor) -> Tensor:
+    return x + m.tables["a"][0].setdefault("table", torch.arange(8.0))
+
+
+def forward_derivative(m: Any, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(m.layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
 def reassigned(m: Any, x: Tensor) -> Tensor:
     m.buffer = m.buffer + 1
     return x + m.buffer
@@ -162,11 +175,22 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a value": (lambda: Calls(lambda m, x: x * m.c.item(), c=torch.tensor(2.0)), "item"),
     "a branch on values": (lambda: Calls(lambda m, x: x + 1 if x.sum() > 0 else x - 1), "is_nonzero"),
     "autocast": (lambda: Calls(in_autocast), "autocast"),
-    "vmap": (lambda: Calls(lambda m, x: torch.vmap(lambda v: m.layer(v) * 2)(x)), "returns"),
+    "vmap": (lambda: Calls(lambda m, x: torch.vmap(lambda v: m.layer(v) * 2)(x)), "transform"),
     "data of a weight": (lambda: Calls(lambda m, x: x @ m.layer.weight.data), "no operator gave"),
-    "a kept tensor": (lambda: Calls(keeping), "kept"),
-    "a collected tensor": (lambda: Calls(collecting, seen=[]), "seen"),
-    "a reassigned buffer": (lambda: Calls(reassigned, buffer=torch.zeros(8)), "_buffers"),
+    "a forward derivative": (lambda: Calls(forward_derivative), "transform"),
+    "the memory of a constant": (
+        lambda: Calls(lambda m, x: x + float(m.c.numpy().sum()), c=torch.ones(8)),
+        "data pointer",
+    ),
+    "the place of a value": (
+        lambda: Calls(lambda m, x: x * 2 if x.data_ptr() == (x + 1).data_ptr() else x),
+        "data pointer",
+    ),
+    "a generator": (lambda: Calls(lambda m, x: x + torch.rand(8, generator=m.g), g=torch.Generator()), "Generator"),
+    "a kept tensor": (lambda: Calls(keeping), "keeps a tensor"),
+    "a collected tensor": (lambda: Calls(collecting, seen=[]), "keeps a tensor"),
+    "a tensor kept deep down": (lambda: Calls(deep, tables={"a": ({},)}), "keeps a tensor"),
+    "a reassigned buffer": (lambda: Calls(reassigned, buffer=torch.zeros(8)), "keeps a tensor"),
 }
 
 
@@ -176,10 +200,122 @@ def test_what_it_does_not_follow_is_left_to_torch_export(name: str) -> None:
     model = build().eval()
     leaves, spec = pytree.tree_flatten(((X,), {}))
     before = {key: (value, value.copy() if isinstance(value, list) else None) for key, value in vars(model).items()}
-    with pytest.raises(NotDirect, match=why):
+    with pytest.raises((NotDirect, RuntimeError), match=why):
         direct_trace(model, leaves, spec, ["x"])
     assert vars(model).keys() == before.keys()
     assert all(vars(model)[key] is value and (kept is None or value == kept) for key, (value, kept) in before.items())
+
+
+def reading(m: Any, x: Tensor) -> Tensor:
+    m.store["a"]["n"] += 1
+    return x * m.c.item() * m.store["a"]["n"]
+
+
+def test_torch_export_begins_where_the_refused_trace_began() -> None:
+    model = Calls(reading, store={"a": {"n": 0}}, c=torch.tensor(1.0)).eval()
+    torch.testing.assert_close(capture(model, (X,), {}, {})(X), X)
+    assert model.store == {"a": {"n": 0}}
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda m, x: m.layer(x) * x.max().item(),
+        lambda m, x: m.layer(x) + x[x > 0].sum(),
+        lambda m, x: in_autocast(m, x),
+        lambda m, x: torch.vmap(m.layer)(x),
+    ],
+)
+def test_a_refusal_that_forward_catches_is_one_all_the_same(refused: Callable[..., Tensor]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        try:
+            return refused(m, x)
+        except Exception:
+            return m.layer(x) - 100
+
+    model = Calls(forward).eval()
+    torch.testing.assert_close(capture(model, (X,), {}, {})(X), model(X))
+
+
+OUTSIDE: dict[str, Tensor] = {}
+
+
+def test_a_tensor_that_is_kept_outside_of_the_module_is_refused_with_its_place() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.layer(x) + OUTSIDE.setdefault("table", torch.arange(8.0) * 2)
+
+    with pytest.raises(gw.CaptureError, match=r"(?s)keeps a tensor outside.*aten\.mul.*test_direct_trace.*buffer"):
+        capture(Calls(forward).eval(), (X,), {}, {})
+    OUTSIDE.clear()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m: m.table.add_(1),
+        lambda m: torch.add(m.table, 1, out=m.table),
+        lambda m: m.table[:4].add_(m.table[4:]),
+        lambda m: m.view.mul_(2),
+    ],
+)
+def test_tensors_of_the_caller_are_not_written(write: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        write(m)
+        return m.layer(x) + m.table + m.buffer
+
+    table, buffer = torch.ones(8), torch.ones(8)
+    model = Calls(forward, table=table, buffer=buffer, view=buffer[:4]).eval()
+    program = direct(monkeypatch, model, (X,))
+    assert torch.equal(table, torch.ones(8)) and torch.equal(buffer, torch.ones(8))
+    got = [program(X) for _ in range(2)]
+    assert torch.equal(table, torch.ones(8)) and torch.equal(buffer, torch.ones(8))
+    want = [model(X) for _ in range(2)]
+    torch.testing.assert_close(got, want)
+    assert not torch.equal(want[0], want[1])
+
+
+def test_a_constant_of_the_code_takes_no_name_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = nn.Parameter(torch.ones(8))
+    model = Calls(lambda m, x: x + torch.tensor([5.0] * 8) + m.lifted_tensor_0, lifted_tensor_0=taken).eval()
+    torch.testing.assert_close(direct(monkeypatch, model, (X,))(X), X + 6)
+
+
+@pytest.mark.parametrize("change", ["transpose_(0, 1)", "unsqueeze_(1)", "resize_(3, 5)"])
+def test_inputs_have_the_shape_that_they_come_with(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Calls(lambda m, x: eval(f"x.{change}") * 2).eval()
+    program = direct(monkeypatch, model, (X.clone(),))
+    gw.verify(program)
+    torch.testing.assert_close(program(X.clone()), model(X.clone()))
+
+
+def test_gradients_are_on_after_a_forward_that_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        torch.set_grad_enabled(False)
+        return m.layer(x)
+
+    direct(monkeypatch, Calls(forward).eval(), (X,))
+    assert torch.is_grad_enabled()
+
+
+class Renaming(Calls):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"other.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+
+def test_buffers_stay_in_the_state_of_a_model_that_renames_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Renaming(lambda m, x: m.norm(x), norm=nn.BatchNorm1d(6)).eval()
+    program = direct(monkeypatch, model, (X,))
+    assert {"norm.running_mean", "norm.running_var"} <= set(program.graph_module.state_dict())
+
+
+def test_threads_capture_one_after_another() -> None:
+    def run(_: int) -> Program:
+        return capture(Calls(lambda m, x: m.layer(x).relu()).eval(), (X,), {}, {})
+
+    call = nn.Module.__call__
+    with ThreadPoolExecutor(4) as pool:
+        programs = list(pool.map(run, range(8)))
+    assert len(programs) == 8 and nn.Module.__call__ is call and not torch.compiler.is_exporting()
 
 
 def test_a_model_that_reads_a_constant_is_captured_all_the_same() -> None:
