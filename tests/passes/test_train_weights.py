@@ -224,12 +224,13 @@ def test_wrong_input_is_refused(trained: Program) -> None:
     )
     with pytest.raises(PreconditionError, match="run this in a Pipeline"):
         TrainWeights(steps=1, distil=0.5)(trained.copy(), whole)
-    for options, said in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"distil": 1.5}, "distil must be in"),
         ({"distance": "cosine"}, "distance must be one of kl, mse"),
         ({"penalty": "l0"}, "penalty must be one of bn-scale, group-lasso, growing"),
         ({"features": ("stem",)}, "give distil as well"),
-    ):
+    )
+    for options, said in wrong:
         with pytest.raises(ValueError, match=said):
             TrainWeights(steps=1, **options)
     plain = capture(nn.Linear(4, 2).eval(), (torch.randn(3, 4),))
@@ -243,10 +244,11 @@ def test_a_written_back_module_is_trained_in_train_mode() -> None:
     result = Pipeline([HALF])(capture(model, (torch.randn(2, 1, 6, 6),)))
     smaller = write_back(model, result)
     assert isinstance(smaller, Net) and smaller.head.in_features == 6
-    statistics = smaller.stem[1].running_mean.clone()  # pyright: ignore[reportCallIssue]
+    norm: Any = smaller.stem[1]
+    statistics = norm.running_mean.clone()
     smaller.train()
     done = train(smaller, loss, batches(), Training(steps=60, learning_rate=0.02))
     assert smaller.training  # as the caller left it
     assert done.losses[-1] < 0.6 * done.losses[0]
-    assert not torch.equal(smaller.stem[1].running_mean, statistics)  # batch norms went along, unlike in a program
+    assert not torch.equal(norm.running_mean, statistics)  # batch norms went along, unlike in a program
     assert model.head.in_features == 12
