@@ -28,30 +28,12 @@ from .group_ratios import HEAD_KINDS, GroupRatios
 from .importance import Scores, score_groups
 from .ranking import ROUNDINGS, Limits, global_widths, legal_width, local_widths, select
 from .reductions import NORMALISERS, REDUCTIONS
+from .removal_result import GroupWidth, RemovalResult, members_of_classes, removal_stats
 from .targets import Target, quantity_of, solve, target_of
 
 SCOPES = ("local", "global", "isomorphic")
 # A group that would lose everything keeps what the limits say.
 ALL = 1 - 1e-9
-
-
-@dataclass(frozen=True)
-class GroupWidth:
-    """What happened to one coupling group: its widths before and after, and what was asked for."""
-
-    group: str
-    kind: str
-    before: int
-    wanted: float
-    after: int
-
-
-@dataclass(frozen=True)
-class RemovalResult(PassResult):
-    """A `PassResult` that also lists every group's widths, and the group norms whose channels changed their group."""
-
-    widths: tuple[GroupWidth, ...] = ()
-    regrouped: tuple[Regrouped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +43,16 @@ class _Plan:
     keep: Mapping[str, list[int]] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     wanted: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one step plans with: the analysis, the scores, the widths before the pass, and classes in an isomorphic scope."""
+
+    graph: DepGraph
+    scored: Scores
+    initial: Mapping[str, int]
+    classes: Mapping[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,91 +160,90 @@ class RemoveChannels(Pass):
         self._ratios.check(self.name, program, initial)
         target = self._target
         stats = {} if target is None else {f"{target.quantity}_before": quantity_of(target, program, ctx)}
-        record, plan, scored, regrouped = RemovalRecord(), _Plan(), Scores(), dict[str, Regrouped]()
+        record, plan, regrouped = RemovalRecord(), _Plan(), dict[str, Regrouped]()
+        at = self._step(graph, program, ctx, initial)
         for step in range(1, self.steps + 1):
-            graph = ctx.analysis(depgraph, program)
-            scored = self._scored(graph, program, ctx, initial)
+            if step > 1:
+                at = self._step(ctx.analysis(depgraph, program), program, ctx, initial)
             part = step / self.steps
             if target is None:
-                proposed = self._plan(graph, scored, initial, part)
+                proposed = self._plan(at, part)
             else:
                 goal = stats[f"{target.quantity}_before"] * (1 - (1 - target.fraction) * part)
-                proposed = self._solved(target, goal, graph, scored, initial, ctx)
+                proposed = self._solved(target, goal, at, ctx)
                 stats[f"{target.quantity}_requested"] = goal
             # Those before are of groups that reached width 1 since, and are none any more.
             plan = replace(proposed, wanted={**plan.wanted, **proposed.wanted})
             if plan.keep:
-                regrouped |= {found.norm: found for found in regrouped_norms(graph, plan.keep)}
-                record = record.then(resize(program, plan.keep, graph))
+                regrouped |= {found.norm: found for found in regrouped_norms(at.graph, plan.keep)}
+                record = record.then(resize(program, plan.keep, at.graph))
             ctx.report("removal", step, self.steps)
-        after = cost(program)
         widths = [_width(g, record, plan) for g in groups]
-        stats |= {
-            "groups": len(initial),
-            "groups_shrunk": len(record.groups),
-            "indices_before": sum(initial.values()),
-            "indices_removed": sum(c.of - len(c.kept) for c in record.groups.values()),
-            "parameters_before": before.parameters,
-            "parameters_after": after.parameters,
-            "macs_before": before.total_macs,
-            "macs_after": after.total_macs,
-        }
+        stats |= removal_stats(initial, record, before, cost(program))
         if self.latency is not None and target is not None:
             stats["latency_after"] = quantity_of(target, program, ctx)
         if regrouped:
             stats["norms_regrouped"] = len(regrouped)
-        if scored.seen:
-            stats |= {"calibration_samples_seen": scored.seen, "calibration_samples_used": scored.used}
+        classes = members_of_classes(at.classes or {})
+        if classes:
+            stats |= {"classes": len(classes), "classes_of_one": sum(len(c) == 1 for c in classes)}
+        if at.scored.seen:
+            stats |= {"calibration_samples_seen": at.scored.seen, "calibration_samples_used": at.scored.used}
         skipped = tuple(
             Skipped(w.group, self._why_whole(g, w, plan))
             for g, w in zip(groups, widths, strict=True)
             if w.after == w.before
         )
         return RemovalResult(
-            bool(record.groups), stats, skipped, record, widths=tuple(widths), regrouped=tuple(regrouped.values())
+            bool(record.groups),
+            stats,
+            skipped,
+            record,
+            widths=tuple(widths),
+            regrouped=tuple(regrouped.values()),
+            classes=classes,
         )
 
-    def _solved(
-        self, target: Target, goal: float, graph: DepGraph, scored: Scores, initial: Mapping[str, int], ctx: Context
-    ) -> _Plan:
+    def _solved(self, target: Target, goal: float, at: _Step, ctx: Context) -> _Plan:
         """Return the plan of the least factor for all ratios that reaches the goal."""
-        ratios = [self._ratios.of(g) for g in scored.groups]
+        ratios = [self._ratios.of(g) for g in at.scored.groups]
+        program = at.graph.program
 
         def quantity(plan: _Plan) -> float:
             if not plan.keep:
-                return quantity_of(target, graph.program, ctx)
+                return quantity_of(target, program, ctx)
             # Most trials are only counted; what is removed in the end is verified.
-            return quantity_of(target, resized(graph, plan.keep, check=target.quantity == "latency")[0], ctx)
+            return quantity_of(target, resized(at.graph, plan.keep, check=target.quantity == "latency")[0], ctx)
 
         widest = 1 / min(ratios, default=1.0)
-        plan = lambda factor: self._plan(graph, scored, initial, factor)  # noqa: E731
-        return solve(target, goal, widest, plan, quantity, ctx).plan
+        return solve(target, goal, widest, lambda factor: self._plan(at, factor), quantity, ctx).plan
 
-    def _plan(self, graph: DepGraph, scored: Scores, initial: Mapping[str, int], factor: float) -> _Plan:
+    def _plan(self, at: _Step, factor: float) -> _Plan:
         """Return what goes when every ratio is multiplied by ``factor``; ratios are of the initial widths."""
-        groups, scores = scored.groups, scored.by_group
+        groups, scores = at.scored.groups, at.scored.by_group
         ratios = {g.name: min(ALL, self._ratios.of(g) * factor) for g in groups}
         if self.scope == "local":
-            wanted = local_widths(groups, ratios, initial)
+            wanted = local_widths(groups, ratios, at.initial)
         else:
-            classes = isomorphism_classes(graph, groups) if self.scope == "isomorphic" else None
-            wanted = global_widths(groups, scores, ratios, initial, self._limits, classes)
+            wanted = global_widths(groups, scores, ratios, at.initial, self._limits, at.classes)
         keep = {}
         for g in groups:
             # Alignment is about the widths of matrices; the number of heads is a batch dimension.
             limits = replace(self._limits, round_to=1) if g.kind in HEAD_KINDS else self._limits
-            width = legal_width(g, wanted[g.name], initial[g.name], limits)
+            width = legal_width(g, wanted[g.name], at.initial[g.name], limits)
             if width < g.size:
                 keep[g.name] = select(g, scores[g.name], width)
-        keep, dropped = reconcile(graph, keep)
-        return _Plan(keep, {**scored.unscored, **dropped}, wanted)
+        keep, dropped = reconcile(at.graph, keep)
+        return _Plan(keep, {**at.scored.unscored, **dropped}, wanted)
 
-    def _scored(self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int]) -> Scores:
-        """Score the groups that are to lose something."""
+    def _step(self, graph: DepGraph, program: Program, ctx: Context, initial: Mapping[str, int]) -> _Step:
+        """Score the groups that are to lose something, and find out which of them compete."""
         groups = [g for g in graph.groups if self._ratios.of(g) > 0 and g.name in initial]
         threshold = Threshold(self.loss_threshold, self.loss_stop) if self.loss_threshold else None
         how = (self.criterion, self.reduction, self.normaliser, self.include_bias)
-        return score_groups(groups, program, how, ctx, self.seed, threshold)
+        scored = score_groups(groups, program, how, ctx, self.seed, threshold)
+        classes = isomorphism_classes(graph, scored.groups) if self.scope == "isomorphic" else None
+        return _Step(graph, scored, initial, classes)
 
     def _why_whole(self, group: CouplingGroup, width: GroupWidth, plan: _Plan) -> str:
         """Say why a group kept its width."""
@@ -281,3 +272,6 @@ def _why_frozen(graph: DepGraph) -> str:
 def _in_range(name: str, value: float, low: float, high: float, text: str, below: bool = False) -> None:
     if not isinstance(value, (int, float)) or not low <= value <= high or (below and value == high):
         raise ValueError(f"{name} must be in {text}, got {value!r}")
+
+
+__all__ = ["SCOPES", "GroupWidth", "RemovalResult", "RemoveChannels"]

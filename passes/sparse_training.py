@@ -36,6 +36,8 @@ from .importance import importance
 
 # alpha of the paper: shrinkage strengths from 1 to 16.
 ALPHA = 4.0
+# Scores that differ by less than this fraction of the largest are equal: sums of equal weights differ by rounding.
+EQUAL = 1e-6
 
 
 def shrinkage_strengths(scores: Tensor, alpha: float = ALPHA) -> Tensor:
@@ -46,7 +48,7 @@ def shrinkage_strengths(scores: Tensor, alpha: float = ALPHA) -> Tensor:
         alpha: Exponent of the least important index.
 
     Returns:
-        ``[size]``, from 1 (most important) to ``2 ** alpha`` (least); all ones when all scores are equal.
+        ``[size]``, from 1 (most important) to ``2 ** alpha`` (least); all ones when all scores are equal but for rounding.
 
     Raises:
         ValueError: ``alpha`` is negative, or a score is not finite.
@@ -56,7 +58,7 @@ def shrinkage_strengths(scores: Tensor, alpha: float = ALPHA) -> Tensor:
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("the scores must be finite; one of them is infinite or not a number")
     spread = scores.amax() - scores.amin()
-    if float(spread) == 0:
+    if float(spread) <= EQUAL * float(scores.abs().amax()):
         return torch.ones_like(scores)
     return 2.0 ** (alpha * ((scores.amax() - scores) / spread))
 
@@ -209,7 +211,7 @@ class Growing(Penalty):
             elif self.calls % self.every == 0:
                 scores = group_importance(group, scoring)
                 spread = scores.amax() - scores.amin()
-                if float(spread) > 0:
+                if float(spread) > EQUAL * float(scores.abs().amax()):
                     self.strengths[group.name] += self.strength * (scores.amax() - scores) / spread
         self.calls += 1
         return _decay(self.graph, scoring, self.strengths)

@@ -34,7 +34,9 @@ def of_library(kind: str, config: str, **options: object) -> DepGraph:
     return analysed(model, (1, 3, 224, 224))
 
 
-@pytest.mark.parametrize(("depths", "groups", "inner"), [([3, 4, 6, 3], 37, 32), ([3, 4, 23, 3], 71, 66)])
+@pytest.mark.parametrize(
+    ("depths", "groups", "inner"), [([3, 4, 6, 3], 37, 32), ([3, 4, 23, 3], 71, 66), ([3, 8, 36, 3], 105, 100)]
+)
 def test_partition_of_resnets(depths: list[int], groups: int, inner: int) -> None:
     found = partition(of_library("ResNetForImageClassification", "ResNetConfig", depths=depths))
     assert sum(map(len, found.values())) == groups
@@ -44,11 +46,20 @@ def test_partition_of_resnets(depths: list[int], groups: int, inner: int) -> Non
 
 
 def test_partition_of_a_vision_transformer() -> None:
-    found = partition(of_library("DeiTForImageClassificationWithTeacher", "DeiTConfig"))
+    graph = of_library("DeiTForImageClassificationWithTeacher", "DeiTConfig")
+    found = partition(graph)
     # The published analysis has one group for the attention of a layer; here heads and both head widths are apart.
     assert Counter(tuple(sizes) for sizes in found.values()) == Counter(
         {(768,): 1, (12,) * 12: 1, (64,) * 12: 2, (3072,) * 12: 1}
     )
+    # With those three taken for one: 25 groups in 3 classes.
+    classes = isomorphism_classes(graph)
+    attention = {"head", "head dim", "value dim"}
+    groups = {
+        g.name.partition(".attention")[0] if g.kind in attention else g.name: classes[g.name] for g in graph.groups
+    }
+    assert len(groups) == 25
+    assert len({"attention" if g.kind in attention else classes[g.name] for g in graph.groups}) == 3
 
 
 def test_partition_of_convnext() -> None:

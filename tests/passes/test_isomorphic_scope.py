@@ -114,3 +114,39 @@ def test_heads_compete_with_heads_only() -> None:
     assert len({w.after for w in record.widths if w.kind == "head"}) > 1  # the layers differ
     x = torch.randn(2, 3, 8, 8)
     assert result.program(x).logits.isfinite().all()
+
+
+def test_the_result_lists_who_competed_and_classes_of_one() -> None:
+    result = Pipeline([RemoveChannels(scope="isomorphic")])(capture(TwoKinds(), (torch.randn(2, 6),))).records[0].result
+    assert isinstance(result, RemovalResult)
+    assert [len(members) for members in result.classes] == [2, 2]
+    assert {name.partition(".")[0] for name in result.classes[0]} == {"plain"}
+    assert (result.stats["classes"], result.stats["classes_of_one"]) == (2, 0)
+    model = TwoKinds()
+    model.plain = model.plain[:1]
+    result = Pipeline([RemoveChannels(scope="isomorphic")])(capture(model, (torch.randn(2, 6),))).records[0].result
+    assert isinstance(result, RemovalResult)
+    assert (result.stats["classes"], result.stats["classes_of_one"]) == (2, 1)
+    result = Pipeline([RemoveChannels(scope="global")])(capture(model, (torch.randn(2, 6),))).records[0].result
+    assert isinstance(result, RemovalResult) and result.classes == () and "classes" not in result.stats
+
+
+def test_no_seed_leaves_an_attention_without_heads() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeiTConfig(
+        hidden_size=24, num_hidden_layers=6, num_attention_heads=3, intermediate_size=48, image_size=16, patch_size=8
+    )
+    torch.manual_seed(0)
+    program = capture(transformers.DeiTForImageClassificationWithTeacher(config).eval(), (torch.randn(2, 3, 16, 16),))
+    fewest = 3
+    for seed in range(20):
+        step = RemoveChannels(
+            scope="isomorphic", ratio=0.6, head_ratio=0.6, head_dim_ratio=0.3, criterion="random", seed=seed, round_to=2
+        )
+        result = Pipeline([step])(program).records[0].result
+        assert isinstance(result, RemovalResult)
+        heads = [w.after for w in result.widths if w.kind == "head"]
+        assert len(heads) == 6 and min(w.after for w in result.widths) >= 1
+        assert sum(heads) == 18 - (18 - int(18 * 0.4))
+        fewest = min(fewest, *heads)
+    assert fewest == 1  # some layer would have lost all of them

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphwright.frontends.capture import capture
+from graphwright.frontends.write_back import write_back
 from graphwright.graph.depgraph import depgraph
 from graphwright.graph.errors import PreconditionError
 from graphwright.graph.program import Program
@@ -18,6 +19,7 @@ from graphwright.passes.criteria import Scoring
 from graphwright.passes.remove_channels import RemoveChannels
 from graphwright.passes.sparse_training import PENALTIES, group_importance, shrinkage_strengths
 from graphwright.passes.train_weights import TrainWeights
+from graphwright.passes.trainer import Training, train
 
 
 class Net(nn.Module):
@@ -222,14 +224,31 @@ def test_wrong_input_is_refused(trained: Program) -> None:
     )
     with pytest.raises(PreconditionError, match="run this in a Pipeline"):
         TrainWeights(steps=1, distil=0.5)(trained.copy(), whole)
-    for options, said in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"distil": 1.5}, "distil must be in"),
         ({"distance": "cosine"}, "distance must be one of kl, mse"),
         ({"penalty": "l0"}, "penalty must be one of bn-scale, group-lasso, growing"),
         ({"features": ("stem",)}, "give distil as well"),
-    ):
+    )
+    for options, said in wrong:
         with pytest.raises(ValueError, match=said):
             TrainWeights(steps=1, **options)
     plain = capture(nn.Linear(4, 2).eval(), (torch.randn(3, 4),))
     with pytest.raises(PreconditionError, match="no batch norm with a weight"):
         Pipeline([TrainWeights(steps=1, penalty="bn-scale")])(plain, whole)
+
+
+def test_a_written_back_module_is_trained_in_train_mode() -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    result = Pipeline([HALF])(capture(model, (torch.randn(2, 1, 6, 6),)))
+    smaller = write_back(model, result)
+    assert isinstance(smaller, Net) and smaller.head.in_features == 6
+    norm: Any = smaller.stem[1]
+    statistics = norm.running_mean.clone()
+    smaller.train()
+    done = train(smaller, loss, batches(), Training(steps=60, learning_rate=0.02))
+    assert smaller.training  # as the caller left it
+    assert done.losses[-1] < 0.6 * done.losses[0]
+    assert not torch.equal(norm.running_mean, statistics)  # batch norms went along, unlike in a program
+    assert model.head.in_features == 12

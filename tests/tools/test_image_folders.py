@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +121,9 @@ def test_a_published_recipe_runs_on_a_small_network_of_the_kind(pictures: Path, 
     )
     outcome = Runner(recipe, tmp_path / "run")()
     assert not outcome.failures
-    stats = json.loads((tmp_path / "run" / "state" / "pass-1-remove-channels.json").read_text())["result"]["stats"]
+    result = outcome["pass-1-remove-channels"].result
+    stats = result["stats"]
+    # The stream by itself, and both layers' heads, head dims, value dims and feed-forward widths.
+    assert sorted(map(len, result["classes"])) == [1, 2, 2, 2, 2] and result["regrouped"] == []
     assert stats["calibration_samples_used"] == 2
     assert stats["parameters_after"] < 0.5 * stats["parameters_before"]
