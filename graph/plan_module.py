@@ -121,6 +121,10 @@ class PlanModule(nn.Module):
         run = self._runs.get(context)
         return tuple(run.history) if run else ()
 
+    def contexts(self) -> tuple[str, ...]:
+        """Return the names that `cache_context` gave to the present runs; an empty one for evaluations outside of any."""
+        return tuple(self._runs)
+
     def kept_bytes(self) -> int:
         """Return the bytes of all that is kept now, of all runs."""
         values = [value for run in self._runs.values() for kept in run.registers.values() for _, value in kept]

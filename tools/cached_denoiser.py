@@ -108,9 +108,21 @@ class CacheHandle:
         Raises:
             PreconditionError: The pipeline has not been called yet: the denoiser is captured at its first call.
         """
+        return self._module().plan
+
+    def _module(self) -> Any:
         if self.cached._last is None:
             raise PreconditionError("there is no plan yet: the denoiser is captured when the pipeline is first called")
-        return self.cached._last.plan
+        return self.cached._last
+
+    def history(self) -> tuple[str, ...]:
+        """Return the stages that ran in the last run, those of one `cache_context` after those of another.
+
+        Raises:
+            PreconditionError: See `plan`.
+        """
+        module = self._module()
+        return tuple(stage for context in module.contexts() for stage in module.history(context))
 
     def summary(self) -> str:
         """Return what ran in the last run, what it cost, the speed-up that the multiply-accumulates bound, and what is kept.
@@ -118,7 +130,7 @@ class CacheHandle:
         Multiply-accumulates are those of the sizes that were captured, which are those of the first call.
         """
         plan = self.plan
-        ran = self.cached._last.history()
+        ran = self.history()
         lines = [f"{plan.name}: {len(ran)} evaluations, {ran.count(REFRESH)} of them full"]
         if isinstance(plan, Plan):
             macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
@@ -130,7 +142,7 @@ class CacheHandle:
                 lines.append(
                     f"  {spent / 1e9:.4g} of {full / 1e9:.4g} G MACs: at most {full / spent:.2f} times as fast"
                 )
-        kept = self.cached._last.kept_bytes()
+        kept = self._module().kept_bytes()
         lines.append(f"  {kept / 1e6:.4g} MB kept")
         return "\n".join([*lines, *(f"  {note}" for note in plan.notes)])
 

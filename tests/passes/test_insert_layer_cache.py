@@ -119,6 +119,28 @@ def test_all_of_a_kind_at_an_interval(dit, kinds: tuple[str, ...], taken: tuple[
     torch.testing.assert_close(got, by_hand(case, ((), taken, (), taken, ())), rtol=0, atol=1e-5)
 
 
+def test_a_removal_before_the_cache(dit) -> None:
+    case, program = dit
+    removal = gw.RemoveChannels(ratio=0.5, head_ratio=0.5)
+    smaller = gw.Pipeline([removal])(program).output
+    result = gw.Pipeline([removal, InsertLayerCache(reuse=REUSE)])(program)
+    plan, before = result.plan, sum(t.numel() for t in program.parameters().values())
+    assert sum(t.numel() for t in plan.stages["refresh"].program.parameters().values()) < 0.8 * before
+    with torch.no_grad():
+        want = first(smaller(*case.args, **case.kwargs))
+        out, written = plan.stages["refresh"].program(*case.args, **case.kwargs)
+        torch.testing.assert_close(first(out), want, rtol=0, atol=1e-6)
+        for name in ("reuse_0", "reuse_1"):
+            stage = plan.stages[name]
+            kept = {register: written[register] for register in stage.reads}
+            again = first(stage.program(*case.args, **case.kwargs, **kept))
+            torch.testing.assert_close(again, want, rtol=0, atol=1e-6)
+            other = first(stage.program(*case.args, **case.kwargs, **{r: v + 1 for r, v in kept.items()}))
+            assert float((other - want).abs().max()) > 1e-3
+        whole = first(case.model(*case.args, **case.kwargs))
+    assert float((want - whole).abs().max()) > 1e-3
+
+
 ALL = (0, 1, 2, 3)
 # What is published as methods of their own: the same programs by other schedules.
 SCHEDULES = {

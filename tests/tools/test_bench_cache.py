@@ -17,12 +17,23 @@ from graphwright.graph.cost import cost
 from graphwright.graph.errors import LoadError
 from graphwright.graph.schedules import warmed_up
 from graphwright.tools.bench import cache as bench
-from graphwright.tools.bench import cache_bed, cache_cases, cache_deepcache, cache_hooks, cache_macs, cache_models
+from graphwright.tools.bench import (
+    cache_bed,
+    cache_cases,
+    cache_contenders,
+    cache_deepcache,
+    cache_gpu,
+    cache_hooks,
+    cache_macs,
+    cache_models,
+    cache_onnx,
+)
 from graphwright.tools.bench.cache_bed import Bed, counting
 from graphwright.tools.bench.cache_contenders import Contender, fewer_steps, ours
-from graphwright.tools.bench.cache_diffusers import theirs
+from graphwright.tools.bench.cache_diffusers import is_hooked, theirs
 from graphwright.tools.bench.cache_models import TINY_SD, conditional
 from graphwright.tools.bench.cache_rows import Row, Rows, cheapest_first, front
+from graphwright.tools.bench.memory import peak_bytes
 
 pytest.importorskip("diffusers")
 pytest.importorskip("DeepCache")
@@ -88,12 +99,83 @@ def test_side_by_side_pictures_are_equal_and_a_rerun_measures_nothing(
     for row in found:
         assert row["equal"] and row["largest_value"] > 0.1 and row["full_evaluations"] == 2
         assert row["speedup"] > 0 and row["bound"] > 1 and row["kept_mb"] < row["their_kept_mb"]
+        assert 20 < row["psnr"] < 200 and row["peak_mb"] is not None
     assert found[0]["mac_ratio"] < found[1]["mac_ratio"] < 1
 
     monkeypatch.setattr(cache_deepcache.SideBySide, "compare", None)
     monkeypatch.setattr(cache_deepcache.SideBySide, "uncached", None)
     assert cache_deepcache.bench(Rows(file, {"load": 2}), bed, [0, 1], [2]) == found
     assert json.loads(file.read_text(encoding="utf-8"))["environments"] == [{"load": 1}]
+
+
+def test_the_attention_cache_of_diffusers_is_beside_them() -> None:
+    bed = cache_deepcache.SideBySide(TINY_SD, latent=8, steps=4)
+    (row,) = cache_deepcache.attention(Rows(None, {}), bed, [2])
+    assert 1.05 < row["bound"] < 2
+    assert row["seconds"] > 0 and 20 < row["psnr"] < 200
+    assert not any(is_hooked(module) for module in bed.unet.modules())
+
+
+def test_peak_memory_is_that_of_the_largest_moment() -> None:
+    def call() -> float:
+        large = torch.ones(60_000_000, dtype=torch.uint8)
+        return float(large[0])
+
+    peak = peak_bytes(call)
+    assert peak is None or 55e6 < peak < 90e6
+
+
+def test_the_ratio_of_signal_to_noise_is_that_of_the_reference() -> None:
+    reference = torch.tensor([0.0, 4.0])
+    assert cache_deepcache.psnr(reference + 0.4, reference) == pytest.approx(20)
+    assert cache_deepcache.psnr(reference, reference) is None
+
+
+def test_plans_in_onnx_runtime_draw_what_they_draw_in_pytorch() -> None:
+    pytest.importorskip("onnxruntime")
+    bed = Bed("digits-ddpm", 4, 4)
+    subject = cache_onnx.Subject(
+        "digits-ddpm",
+        4,
+        lambda: bed.program,
+        lambda m: cache_onnx._digits(bed, m),
+        {"N=2": gw.InsertFeatureCache(2, 0)},
+    )
+    (row,) = cache_onnx.rows_of(subject, "N=2", repeats=1)
+    full, reuse = (
+        cost(stage.program).total_macs
+        for stage in gw.Pipeline([gw.InsertFeatureCache()])(bed.program).plan.stages.values()
+    )
+    assert row["equal"] and row["from_uncached"] > 100 * row["max_difference"]
+    assert row["bound"] == pytest.approx(2 * full / (full + reuse))
+    assert row["speedup"] == pytest.approx(row["full_s"] / row["ours_s"]) and row["speedup"] > 1
+    assert [s.name for s in cache_onnx.subjects()] == ["digits-ddpm", "digits-dit", "SD 1.5 at quarter width"]
+
+
+def test_without_a_gpu_its_row_says_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (row,) = cache_gpu.bench(Rows(None, {}))
+    assert row["note"] == "not measured: torch finds no GPU here" and "speedup" not in row and row["target"] == 2.2
+
+
+def test_what_is_timed_on_a_gpu_samples_with_the_cache() -> None:
+    """On the CPU, where the same code waits for nothing."""
+    row = cache_gpu.measure(torch.device("cpu"), torch.float32, SMALL, latent=8, steps=6, repeats=1)
+    assert row["speedup"] == pytest.approx(row["full_s"] / row["ours_s"])
+    assert row["bound"] > 1.2 and 20 < row["psnr"] < 200 and row["holds"] == (row["speedup"] >= 2.2)
+
+
+def test_learned_routers_are_contenders_on_transformers_with_labels() -> None:
+    assert not [c for c in ours(tiny_bed()) if c.method == "LearnLayerCache"]
+    bed = Bed("digits-dit", 6, 8)
+    chosen = [c for c in ours(bed) if c.method == "LearnLayerCache"]
+    assert [c.setting for c in chosen] == [f"one in {n} full, threshold {t}" for n in (2, 3) for t in (0.1, 0.9)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_contenders, "ROUNDS", 2)
+        drawn = [bed.draw(contender.make()) for contender in chosen[2:]]
+    # A higher threshold takes more; nothing of the noise is random.
+    assert drawn[1].macs <= drawn[0].macs < bed.uncached.macs
+    assert drawn[0].error(bed.uncached) > 0
 
 
 def test_pictures_that_differ_are_seen() -> None:
