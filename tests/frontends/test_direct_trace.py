@@ -156,7 +156,7 @@ def deep(m: Any, x: Tensor) -> Tensor:
     return x + m.tables["a"][0].setdefault("table", torch.arange(8.0))
 
 
-def forward_derivative(m: Any, x: Tensor) -> Tensor:
+def forward_derivative(m: Any, x: Tensor) -> Tensor | None:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(m.layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 

@@ -36,8 +36,12 @@ def test_scores_are_the_mean_magnitudes_that_layers_read() -> None:
     model = Net().eval()
     batches = [torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3) + 1]
     read: dict[str, list[Tensor]] = {"second": [], "flat": []}
-    for name, values in read.items():
-        model.get_submodule(name).register_forward_pre_hook(lambda m, args, values=values: values.append(args[0]))
+
+    def keep(name: str) -> None:
+        model.get_submodule(name).register_forward_pre_hook(lambda _module, args: read[name].append(args[0]))
+
+    for name in read:
+        keep(name)
     with torch.no_grad():
         for batch in batches:
             model(batch)

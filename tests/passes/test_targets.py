@@ -63,7 +63,8 @@ def parameters(of: Program) -> float:
 def test_the_result_is_the_least_removal_that_reaches_the_target(scope: str, quantity: str, fraction: float) -> None:
     measured = macs if quantity == "macs" else parameters
     goal = fraction * measured(program())
-    after, stats = removed(scope=scope, **{quantity: fraction})
+    target: dict[str, Any] = {quantity: fraction}
+    after, stats = removed(scope=scope, **target)
     assert measured(after) == stats[f"{quantity}_after"] <= goal
     assert stats[f"{quantity}_requested"] == pytest.approx(goal)
     swept = {measured(removed(scope=scope, ratio=i / 50)[0]) for i in range(50)}
