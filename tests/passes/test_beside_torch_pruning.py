@@ -20,6 +20,7 @@ from graphwright.passes.criteria import Scoring, layer_sides
 from graphwright.passes.importance import importance, scoring_of
 from graphwright.passes.remove_channels import RemoveChannels
 from graphwright.passes.sparse_training import BatchNormScale, group_lasso_gradients
+from graphwright.tools.bench.pruning_models import Crepe
 
 peer: Any = pytest.importorskip("torch_pruning")
 warnings.filterwarnings("ignore", module="torch_pruning")
@@ -250,3 +251,21 @@ def test_groups_without_a_batch_norm_are_left_alone_by_its_penalty() -> None:
     gradients = BatchNormScale(depgraph(capture(model, (X,))), 1e-3)(dict(model.named_parameters()))
     assert set(gradients) == {"norm.weight"}
     torch.testing.assert_close(gradients["norm.weight"], 1e-3 * model.norm.weight.detach().sign())
+
+
+def test_columns_of_features_that_were_flattened_after_a_permutation_are_the_right_ones() -> None:
+    """The pitch estimator CREPE: its classifier reads ``[position, channel]``, so a channel owns every 64th column."""
+    model, frames = Crepe().eval(), torch.randn(2, 1024)
+    graph = peer.DependencyGraph().build_dependency(model, example_inputs=frames[:1])
+    group = graph.get_pruning_group(model.conv6, peer.prune_conv_out_channels, idxs=[3])
+    columns = [idxs for dep, idxs in group if dep.target.module is model.classifier]
+    assert columns == [[12, 13, 14, 15]]
+    wanted = [3, 67, 131, 195]
+    found = [
+        member.positions()[3].tolist()
+        for g in depgraph(capture(model, (frames,))).groups
+        if any(m.name == "conv6.weight" and m.dim == 0 for m in g.members)
+        for member in g.members
+        if member.name == "classifier.weight"
+    ]
+    assert found == [wanted]

@@ -2,7 +2,7 @@
 
     graphwright bench pruners [--subjects resnet,crepe] [--seeds 5] [--out FILE] [--json]
 
-Both remove half of the channels of every group of the same trained network, scored on the same batches, and train equally
+Both remove a quarter of the channels of every group of the same trained network, scored on the same batches, and train equally
 afterwards; the networks are those of ``graphwright bench pruning``. Reduction and normaliser are Torch-Pruning's defaults,
 the mean for both. Its scores differ where it counts other parameters: no batch norm in Taylor and Hessian scores, the last
 sample instead of the mean of all in Hessian ones, squared weights in FPGM's distances.
@@ -34,7 +34,7 @@ from ..facts import machine
 from .cache_rows import Row, Rows, progress
 from .pruning_subjects import SUBJECTS, Bed
 
-RATIO, SEEDS = 0.5, 5
+RATIO, SEEDS = 0.25, 5
 SCOPES = ("local", "global")
 # By criterion: Torch-Pruning's class with its arguments, and our options.
 CRITERIA: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -184,5 +184,5 @@ def main(argv: list[str] | None = None) -> int:
             progress(f"{subject}: left out: {err}")
         if found and not options.json:
             pairs = [f"{what}: {who}" for what in ("MACs", "removed", "recovered") for who in ("theirs", "ours")]
-            render.print_table(f"{subject}, half of the channels", ["criterion", "scope", *pairs], summary(found))
+            render.print_table(f"{subject}, a quarter of the channels", ["criterion", "scope", *pairs], summary(found))
     return 0
