@@ -82,6 +82,12 @@ class SideBySide:
         self.capture_seconds = 0.0
         self._plans: dict[int, tuple[Plan, float, float]] = {}
 
+    @property
+    def key(self) -> str:
+        """Names all that rows depend on but branch and interval."""
+        widths = "" if self.config is SD_15 else f", widths {self.config['block_out_channels']}"
+        return f"latent {self.latent}, {self.steps} steps{widths}"
+
     @cached_property
     def unet(self) -> nn.Module:
         """The denoiser, with random weights."""
@@ -244,7 +250,7 @@ def _ratios(ran: Sequence[str], ours: Sequence[float], theirs: Sequence[float], 
 
 def bench(rows: Rows, bed: SideBySide, branches: Sequence[int], intervals: Sequence[int]) -> list[Row]:
     """Measure every branch at every interval; returns the rows with their speed-up over the uncached run."""
-    key = f"latent {bed.latent}, {bed.steps} steps"
+    key = bed.key
     uncached = rows.unit("deepcache", f"{key}, uncached", bed.uncached)[0]["uncached_s"]
     found: list[Row] = []
     for branch in branches:
@@ -259,7 +265,7 @@ def bench(rows: Rows, bed: SideBySide, branches: Sequence[int], intervals: Seque
 
 def attention(rows: Rows, bed: SideBySide, intervals: Sequence[int]) -> list[Row]:
     """Measure the attention cache of diffusers at every interval."""
-    key = f"latent {bed.latent}, {bed.steps} steps"
+    key = bed.key
     uncached = rows.unit("deepcache", f"{key}, uncached", bed.uncached)[0]["uncached_s"]
     found = [
         row

@@ -54,6 +54,8 @@ SD_15: dict[str, Any] = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
+# The layout of Stable Diffusion 1.5 at a quarter of its widths.
+SD_QUARTER: dict[str, Any] = SD_15 | {"block_out_channels": (80, 160, 320, 320), "norm_num_groups": 16}
 # Stable Diffusion 2.1.
 SD_21: dict[str, Any] = SD_15 | {
     "cross_attention_dim": 1024,

@@ -30,7 +30,7 @@ from ...passes.insert_layer_cache import InsertLayerCache
 from ..digits import sample_digits
 from .cache_bed import Bed, Model
 from .cache_deepcache import SideBySide
-from .cache_models import SD_15
+from .cache_models import SD_QUARTER
 from .cache_rows import Row, Rows
 
 MOST_DIFFERENT = 1e-4
@@ -38,8 +38,6 @@ MOST_DIFFERENT = 1e-4
 LEAST = 0.9
 REPEATS = 3
 CPU = ["cpu"]
-# The layout of Stable Diffusion 1.5 at a quarter of its widths.
-SD_QUARTER: dict[str, Any] = SD_15 | {"block_out_channels": (80, 160, 320, 320), "norm_num_groups": 16}
 
 
 @dataclass(frozen=True)
