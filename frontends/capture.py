@@ -1,4 +1,4 @@
-"""Capture: an ``nn.Module`` and example inputs become a `Program` through ``torch.export``."""
+"""Capture: an ``nn.Module`` and example inputs become a `Program`, traced directly or through ``torch.export``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def capture(
 
     Raises:
         CaptureError: ``model`` is no module, ``torch.export`` refused it (its message and the user's source line are kept),
-            an input name in ``dynamic`` is unknown, or a dynamic dimension has an example size below 2.
+            an input name in ``dynamic`` is unknown, a dynamic dimension has an example size below 2, or ``forward`` keeps a
+            tensor where a capture cannot take it back.
     """
     _require_module(model)
     named = dict(kwargs or {})
@@ -92,7 +93,8 @@ def capture(
         labels = {}
         notes.append(f"the batch is static: {first_line(_capture_error(model, err))}")
         logger.warning("%s: %s", type(model).__name__, notes[-1])
-    gm, out_spec, guards = traced
+    gm, out_spec, guards, detour = traced
+    notes += [f"captured through torch.export, which takes longer: {detour}"] if detour else []
     notes += [f"not checked when it runs: {text}" for text in guards if not understood(text, names)]
     guards = [text for text in guards if understood(text, names)]
     guards = without_idle(
@@ -112,6 +114,7 @@ class _Traced(NamedTuple):
     graph_module: GraphModule
     out_spec: pytree.TreeSpec
     guards: list[str]
+    detour: str  # why torch.export was needed for fixed sizes
 
 
 def _trace(
@@ -119,21 +122,22 @@ def _trace(
 ) -> _Traced:
     """Return the graph, in evaluation mode; that of fixed sizes without `torch.export`, if it can be had without."""
     # Writing the Python code of each intermediate graph is a fifth of the time; lazily, none is written.
+    detour = ""
     with _TRACING, _evaluation(model), _use_lazy_graph_module(True):
         if not any(labels.values()):
             try:
                 # Made of private parts of torch, which come and go between versions.
                 from .direct_trace import direct_trace
 
-                return _Traced(*direct_trace(model, leaves, in_spec, names), [])
+                return _Traced(*direct_trace(model, leaves, in_spec, names), [], detour)
             except CaptureError:
                 raise
-            # Whatever stops it, a fault of the model too, is said by torch.export, or is not in its way.
+            # Whatever stops it: what is a fault of the model, torch.export says better, and the rest is noted.
             except Exception as err:
-                logger.info("%s goes through torch.export: %s", type(model).__name__, first_line(err))
+                detour = first_line(err) or type(err).__name__
         exported = _export(model, leaves, in_spec, labels)
         guards = guards_of(model, exported, names)
-        return _Traced(*plain_graph(exported), guards)
+        return _Traced(*plain_graph(exported), guards, detour)
 
 
 def _export(
@@ -179,7 +183,7 @@ def _labels_are_equal(model: nn.Module, names: list[str], labels: dict[int, dict
     for i, dims in labels.items():
         for dim, label in dims.items():
             places.setdefault(label, []).append((names[i], dim))
-    if not places:  # a scripted module takes no hook
+    if not places:  # nothing to compare, and a scripted module would refuse the hook
         yield
         return
 

@@ -35,7 +35,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import BaseTorchFunctionMode
 
 from ..graph.errors import CaptureError
-from ..graph.program import graph_module, register
+from ..graph.program import make_graph_module, register
 from .kept_state import state_kept
 from .named_tensors import named_tensors
 from .origins import SourceLines, modules_entered
@@ -184,7 +184,7 @@ class _Recorder(ProxyTorchDispatchMode):
         root = nn.Module()
         for node in self.graph.find_nodes(op="get_attr"):
             register(root, node.target, self.state[node.target], persistent=node.target not in passing)
-        return graph_module(root, self.graph)
+        return make_graph_module(root, self.graph)
 
     def require_none_kept(self) -> None:
         """Refuse a module that leaves tensors of the trace behind: what finds them later computes nothing.
@@ -196,7 +196,9 @@ class _Recorder(ProxyTorchDispatchMode):
         if not self._kept(own):
             return
         gc.collect()  # what only a cycle holds is nobody's
-        for node in self._kept(own):
+        kept = self._kept(own)
+        if kept:
+            node = kept[0]
             raise CaptureError(
                 f"forward keeps a tensor outside of its modules, in a cache of a function or a global variable, where a capture "
                 f"would leave a tensor without values; it is the result of {node.target} at\n{node.meta['stack_trace']}\n"

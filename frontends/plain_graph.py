@@ -82,9 +82,9 @@ def drop_checks(graph: Graph) -> None:
 
 
 def name_inputs(graph: Graph) -> None:
-    """Let each input have the name of its node, which no other name in the graph's code is; `InputSpec` has the caller's.
+    """Name each input after its node, which is unique in the generated code; `InputSpec` has the caller's name.
 
-    Else an input called like a parameter, ``torch`` or ``class`` is lost in that code, or breaks it.
+    An input that is called ``torch``, ``class`` or like a parameter would be lost in that code, or break it.
     """
     for node in graph.find_nodes(op="placeholder"):
         node.target = node.name

@@ -140,3 +140,10 @@ __all__ = [
     "set_groups",
     "weight_of",
 ]
+
+# Operators that give their input itself where there is nothing to do, and whose schemas do not say so.
+MAY_GIVE_INPUT = frozenset(
+    ("type_as", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "view_as")
+)
+# Operators that write into their arguments ``running_*`` if this argument says so, which their schemas do not say.
+STATISTICS = {"batch_norm": (5, "training"), "instance_norm": (5, "use_input_stats")}

@@ -216,11 +216,11 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     output = next(iter(reversed(gm.graph.nodes)))
     graph.output(result)
     next(iter(reversed(graph.nodes))).meta = dict(output.meta)
-    return graph_module(gm, graph, type(gm).__name__)
+    return make_graph_module(gm, graph, type(gm).__name__)
 
 
-def graph_module(root: nn.Module, graph: torch.fx.Graph, class_name: str = "GraphModule") -> GraphModule:
-    """Return a module that runs ``graph`` on what it reads of ``root``, which keeps what its state dict leaves out."""
+def make_graph_module(root: nn.Module, graph: torch.fx.Graph, class_name: str = "GraphModule") -> GraphModule:
+    """Return a `GraphModule` that runs ``graph`` on the tensors of ``root``; buffers that are not persistent stay so."""
     made = GraphModule(root, graph, class_name=class_name)
     # GraphModule copies referenced attributes only and forgets which buffers are not persistent.
     # It also leaves out modules of which the graph reads nothing.

@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from .operators import base_name
+from .operators import MAY_GIVE_INPUT, STATISTICS, arg, base_name
 
-# They give their input itself where there is nothing to do, and their schemas do not say so.
-_MAY_GIVE_INPUT = frozenset(
-    ("type_as", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "view_as")
-)
-# They write statistics when their sixth argument says so, which their schemas do not say either.
-_STATISTICS = frozenset(("batch_norm", "instance_norm"))
 _NONE: frozenset[str] = frozenset()
 
 
@@ -49,11 +43,10 @@ def _arguments(node: Node) -> Iterator[tuple[Any, bool, bool]]:
     schema, name = getattr(node.target, "_schema", None), base_name(node)
     if schema is None:
         return
-    statistics = name in _STATISTICS and len(node.args) > 5 and bool(node.args[5])
+    statistics = name in STATISTICS and bool(arg(node, *STATISTICS[name]))
     for i, argument in enumerate(schema.arguments):
-        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        info = argument.alias_info
-        shares = info is not None or (i == 0 and name in _MAY_GIVE_INPUT)
+        value, info = arg(node, i, argument.name), argument.alias_info
+        shares = info is not None or (i == 0 and name in MAY_GIVE_INPUT)
         writes = (info is not None and info.is_write) or (statistics and argument.name.startswith("running_"))
         yield value, shares, writes
 

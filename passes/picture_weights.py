@@ -38,7 +38,9 @@ def picture_weights(
     rounds: int = 2,
     seed: int = 0,
 ) -> tuple[float, ...]:
-    """Return the weight of each cheap evaluation; the error of reusing everything has the same mean with and without.
+    """Return one weight for each cheap evaluation, in order: how far an error there moves the finished picture.
+
+    They are scaled so that, when every branch is reused, the weighted errors have the mean of the unweighted ones.
 
     Args:
         program: As in `train_layer_router`.
@@ -50,8 +52,11 @@ def picture_weights(
         seed: Of the noises.
 
     Raises:
-        PreconditionError: ``sample`` returns no tensor, or a difference is not a number; see also `train_layer_router`.
+        PreconditionError: ``rounds`` is below 1, ``sample`` returns no tensor, or a difference is not a number; see also
+            `train_layer_router`.
     """
+    if rounds < 1:
+        raise PreconditionError(f"rounds must be 1 or more, got {rounds}")
     places = require_cheap(evaluations, alternating(evaluations) if cheap is None else cheap)
     programs = gated_program(program)
     closed = torch.zeros_like(programs.open_gates)

@@ -18,7 +18,7 @@ from ..graph.depgraph import DepGraph, depgraph
 from ..graph.errors import PreconditionError
 from ..graph.groups import CouplingGroup
 from ..graph.isomorphism import isomorphism_classes
-from ..graph.norm_groups import Regrouped, regrouped_norms
+from ..graph.norm_groups import regrouped_norms
 from ..graph.program import Program
 from ..graph.resize import RemovalRecord, reconcile, resize, resized
 from .base import Context, Pass, PassResult, Skipped
@@ -160,7 +160,7 @@ class RemoveChannels(Pass):
         self._ratios.check(self.name, program, initial)
         target = self._target
         stats = {} if target is None else {f"{target.quantity}_before": quantity_of(target, program, ctx)}
-        record, plan, regrouped = RemovalRecord(), _Plan(), dict[str, Regrouped]()
+        record, plan = RemovalRecord(), _Plan()
         at = self._step(graph, program, ctx, initial)
         for step in range(1, self.steps + 1):
             if step > 1:
@@ -175,13 +175,14 @@ class RemoveChannels(Pass):
             # Those before are of groups that reached width 1 since, and are none any more.
             plan = replace(proposed, wanted={**plan.wanted, **proposed.wanted})
             if plan.keep:
-                regrouped |= {found.norm: found for found in regrouped_norms(at.graph, plan.keep)}
                 record = record.then(resize(program, plan.keep, at.graph))
             ctx.report("removal", step, self.steps)
         widths = [_width(g, record, plan) for g in groups]
         stats |= removal_stats(initial, record, before, cost(program))
         if self.latency is not None and target is not None:
             stats["latency_after"] = quantity_of(target, program, ctx)
+        # Of all steps together, against the widths at the beginning.
+        regrouped = regrouped_norms(graph, {name: cut.kept for name, cut in record.groups.items()})
         if regrouped:
             stats["norms_regrouped"] = len(regrouped)
         classes = members_of_classes(at.classes or {})
@@ -200,7 +201,7 @@ class RemoveChannels(Pass):
             skipped,
             record,
             widths=tuple(widths),
-            regrouped=tuple(regrouped.values()),
+            regrouped=regrouped,
             classes=classes,
         )
 

@@ -100,10 +100,10 @@ def train_layer_router(
         program: Captured from the denoiser, with weights. Neither it nor the model is changed, and no parameter gets a
             gradient.
         sample: ``sample(denoise, generator)`` makes one sampling run from noise, or from latents of its own, and calls
-            ``denoise`` as the model is called. What it returns is not used. The generator is on the CPU.
+            ``denoise`` as the model is called. What it returns is used by `picture_weights` only. The generator is on the CPU.
         evaluations: Of a run: its steps, or twice as many for a solver that evaluates twice a step.
         cheap: Numbers of the evaluations that may reuse; by default every second one, ``alternating(evaluations)``.
-        lam: Price of an open gate. None takes 0.01 of the mean squared difference when every branch is reused.
+        lam: Price of an open gate. None takes 0.01 of the mean (weighted) squared difference when every branch is reused.
         lr: Of AdamW, the most that a logit moves in a round. The paper's text says 0.01 and its published routers 0.001,
             with about two thousand steps for each evaluation; give as many ``rounds`` with these.
         weight_decay: Of AdamW.

@@ -254,6 +254,13 @@ def test_the_result_says_which_norms_were_regrouped(cifar: Program) -> None:
     assert {found.norm.rpartition(".")[2] for found in result.regrouped} <= {"norm1"}
 
 
+def test_regrouped_norms_are_of_all_steps_together_and_of_the_first_widths(cifar: Program) -> None:
+    result, _ = result_of(cifar, **{**PUBLISHED, "steps": 3})
+    kept = {name: cut.kept for name, cut in removed(result).groups.items()}
+    assert result.regrouped == regrouped_norms(depgraph(cifar), kept)
+    assert all(found.moved <= found.kept for found in result.regrouped)
+
+
 # ---------------------------------------------------------------------- gradients and scores
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ...graph.cost import parameter_count
-from ...graph.program import Program
+from ...graph.program import Program, set_tensor
 from ...passes.base import Pipeline
 from ...passes.remove_channels import RemoveChannels
 from .. import render
@@ -87,10 +87,11 @@ def _pruned(network: Network, program: Program, setting: Setting, seed: int) -> 
         return program
     if not network.weights:
         return Pipeline([RemoveChannels(criterion="random", seed=seed, **setting.options)])(program).program
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in program.parameters().values():
+    generator, program = torch.Generator().manual_seed(seed), program.copy()
+    for name, parameter in program.parameters().items():
         if parameter.dim() > 1:
-            parameter.data.normal_(std=0.02, generator=generator)
+            drawn = torch.empty_like(parameter).normal_(std=0.02, generator=generator)
+            set_tensor(program.graph_module, name, torch.nn.Parameter(drawn))
     return Pipeline([RemoveChannels(criterion="magnitude-l2", **setting.options)])(program).program
 
 
