@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphwright.frontends import direct_trace
 from graphwright.frontends.capture import capture
 from graphwright.graph.errors import GraphwrightError
 from graphwright.graph.verify import verify
@@ -78,17 +80,20 @@ def test_a_module_that_does_not_run_is_said_to() -> None:
 
 
 def test_a_row_has_every_way_and_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exported: list[str] = []
-    export = torch.export.export
+    traced: list[str] = []
 
-    def counted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        exported.append(type(model).__name__)
-        return export(model, *args, **kwargs)
+    def counted(way: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            traced.append(f"{way} {type(model).__name__}")
+            return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(torch.export, "export", counted)
+        return trace
+
+    monkeypatch.setattr(torch.export, "export", counted("any batch", torch.export.export))
+    monkeypatch.setattr(direct_trace, "direct_trace", counted("one example", direct_trace.direct_trace))
     row = depgraph.measure(small(), 2, tmp_path)
-    # Once for the cache, then twice for any batch and twice for the one example.
-    assert exported == ["Small"] * 5
+    # Once for the cache, then twice each.
+    assert Counter(traced) == {"one example Small": 3, "any batch Small": 2}
     assert {row[way]["parameters"] for way in ("ours", "cached", "theirs")} == {AFTER}
     assert {row[way]["module"] for way in ("ours", "cached", "theirs")} == {"runs"}
     assert row["any batch"]["capture"] > 0
