@@ -1,5 +1,6 @@
 """Recipes: what is right is read with every default, what is wrong is named with its file and line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,9 @@ def test_passes_given_as_text_make_a_recipe() -> None:
     assert recipe.passes == (RemoveChannels(ratio=0.2),)
     with pytest.raises(RecipeError, match="^f: remove-channels has no option 'x'"):
         from_data({"model": "m:f", "passes": ["remove-channels{x=0.2}"]}, "f")
+
+
+def test_every_shipped_recipe_is_in_the_documents() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    short = [name.rpartition("/")[2] for name in shipped()]
+    assert len(short) > 10 and not [name for name in short if not re.search(rf"[`/]{re.escape(name)}`", text)]
