@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,9 @@ def test_model_on_meta_is_cached(captures: list[str], tmp_path: Path) -> None:
     assert made[1].example[0].is_meta and made[1].tensors()["weight"] is model.weight
 
 
-def test_transformers_and_diffusers_models_are_cached(captures: list[str], tmp_path: Path) -> None:
+def test_transformers_and_diffusers_models_are_cached(
+    captures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffusers.models.unets.unet_2d import UNet2DModel
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -163,14 +164,12 @@ def test_transformers_and_diffusers_models_are_cached(captures: list[str], tmp_p
     ]
     for make, kwargs in cases:
         captures.clear()
-        start = time.process_time()
         capture_cached(make(), (), kwargs, None, tmp_path)
-        middle = time.process_time()
         model = make()  # other weights
-        program = capture_cached(model, (), kwargs, None, tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr("graphwright.frontends.capture._trace", None)  # nothing is traced again
+            program = capture_cached(model, (), kwargs, None, tmp_path)
         assert len(captures) == 1
-        # About a twelfth in measurements; half says no more than that torch.export did not run.
-        assert time.process_time() - middle < (middle - start) / 2
         with torch.no_grad():
             got, expected = program(**kwargs)[0], model(**kwargs)[0]
         # Export may order additions in another way than the module; the graph itself is compared above.
