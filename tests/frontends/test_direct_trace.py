@@ -230,7 +230,7 @@ def test_a_refusal_that_forward_catches_is_one_all_the_same(refused: Callable[..
     def forward(m: Any, x: Tensor) -> Tensor:
         try:
             return refused(m, x)
-        except Exception:
+        except Exception:  # what a model may do, and what must not decide which branch is captured
             return m.layer(x) - 100
 
     model = Calls(forward).eval()
@@ -320,7 +320,11 @@ def test_threads_capture_one_after_another() -> None:
 
 def test_a_model_that_reads_a_constant_is_captured_all_the_same() -> None:
     model = Calls(lambda m, x: x * m.c.item(), c=torch.tensor(2.0)).eval()
-    torch.testing.assert_close(gw.capture(model, (X,), dynamic={})(X), X * 2)
+    program = gw.capture(model, (X,), dynamic={})
+    torch.testing.assert_close(program(X), X * 2)
+    (note,) = program.notes
+    assert note.startswith("captured through torch.export") and "aten.item.default reads values" in note
+    assert gw.capture(nn.Linear(8, 8), (X,), dynamic={}).notes == ()
 
 
 def test_the_module_and_torch_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,7 @@ def an_image_from_an_image_at_other_strengths(pipe: Any, make: Make) -> None:
     kind = "StableDiffusionImg2ImgPipeline"
     used = fresh(kind)
     for strength, stages in ((0.8, "F--F--F-"), (0.6, "F--F--"), (0.1, "F")):
-        draws = lambda p, strength=strength: draw(p, steps=10, image=image, strength=strength)  # noqa: E731
-        same(used, lambda: fresh(kind), draws, stages)
+        same(used, lambda: fresh(kind), partial(draw, steps=10, image=image, strength=strength), stages)
 
 
 @pattern
@@ -237,8 +237,7 @@ def the_cache_taken_out_midway(pipe: Any, make: Make) -> None:
 @pattern
 def the_cache_put_in_midway(pipe: Any, make: Make) -> None:
     pipe.handle.disable()
-    bare = lambda: tiny_pipeline(**SMALL)  # noqa: E731
-    same(pipe, bare, lambda p: draw(p, **at_step(1, cached)), "F--F")
+    same(pipe, partial(tiny_pipeline, **SMALL), lambda p: draw(p, **at_step(1, cached)), "F--F")
     same(pipe, make, draw, "F--F--")
 
 
