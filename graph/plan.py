@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from .cost import cost
 from .errors import PreconditionError
 from .interface import Evaluable, InputSpec
 from .plan_module import PlanModule
@@ -105,6 +106,10 @@ class Plan(Staged[Program]):
     def tensors(self) -> dict[str, Tensor]:
         """Return every parameter and buffer of every stage, by name; stages share them."""
         return {name: t for stage in self.stages.values() for name, t in stage.program.tensors().items()}
+
+    def macs(self) -> dict[str, int]:
+        """Return the multiply-accumulates of every stage at the example's sizes, attention products included."""
+        return {name: cost(stage.program).total_macs for name, stage in self.stages.items()}
 
     def check(self) -> None:
         """Check the plan as a whole, then every program.

@@ -7,7 +7,7 @@ count apart. Evaluation 0 is always a full one, since nothing is kept before it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -254,6 +254,17 @@ def _reference(evaluations: int, count: int, center: float, power: float) -> lis
         f"the published search finds no schedule of {count} full evaluations out of {evaluations} around {center}; "
         "use mode='paper'"
     )
+
+
+def speedup_bound(macs: Mapping[str, float], ran: Sequence[str]) -> float:
+    """Return how many times as fast a run can be by its multiply-accumulates: those of full evaluations only over its own.
+
+    Args:
+        macs: Of every stage.
+        ran: The stages of a run.
+    """
+    spent = sum(macs[name] for name in ran)
+    return macs[REFRESH] * len(ran) / spent if spent else 1.0
 
 
 _MODES = {"paper": _paper, "reference": _reference}

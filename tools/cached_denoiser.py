@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..graph.cost import cost
 from ..graph.errors import PreconditionError
 from ..graph.plan import Plan, Staged
-from ..graph.schedules import REFRESH
+from ..graph.schedules import REFRESH, speedup_bound
 
 if TYPE_CHECKING:
     from ..backends.onnx_export import OnnxArtifact
@@ -133,14 +132,14 @@ class CacheHandle:
         ran = self.history()
         lines = [f"{plan.name}: {len(ran)} evaluations, {ran.count(REFRESH)} of them full"]
         if isinstance(plan, Plan):
-            macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
+            macs = plan.macs()
             spent, full = sum(macs[name] for name in ran), macs[REFRESH] * len(ran)
             lines += [
                 f"  {name}: {value / 1e9:.4g} G MACs, {value / macs[REFRESH]:.1%}" for name, value in macs.items()
             ]
             if spent:
                 lines.append(
-                    f"  {spent / 1e9:.4g} of {full / 1e9:.4g} G MACs: at most {full / spent:.2f} times as fast"
+                    f"  {spent / 1e9:.4g} of {full / 1e9:.4g} G MACs: at most {speedup_bound(macs, ran):.2f} times as fast"
                 )
         kept = self._module().kept_bytes()
         lines.append(f"  {kept / 1e6:.4g} MB kept")

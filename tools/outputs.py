@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..graph.cost import cost
 from ..graph.document_files import PLAN_FORM
 from ..graph.plan import Plan
 from ..graph.program import Program
-from ..graph.schedules import REFRESH, Schedule, Uniform
+from ..graph.schedules import REFRESH, Schedule, Uniform, speedup_bound
 from ..graph.serialize import load_plan, load_program, save_plan, save_program
 from ..passes.insert_layer_cache import register_kinds
 from .facts import cost_facts
@@ -71,12 +70,17 @@ def output_cost(output: Output) -> dict[str, int]:
 
 def stage_shares(schedule: Schedule) -> dict[str, float]:
     """Return the share of evaluations that each stage runs, over a run or over one round of an endless schedule."""
+    ran = one_round(schedule)
+    return {name: ran.count(name) / len(ran) for name in dict.fromkeys(ran)}
+
+
+def one_round(schedule: Schedule) -> tuple[str, ...]:
+    """Return the stages of a run, or of one round of an endless schedule."""
     count = schedule.evaluations
     if count is None:
         assert isinstance(schedule, Uniform), "only a uniform schedule has no end"
         count = schedule.interval * schedule.per_step
-    ran = schedule.programs(count)
-    return {name: ran.count(name) / count for name in dict.fromkeys(ran)}
+    return schedule.programs(count)
 
 
 def plan_facts(output: Output) -> dict[str, Any] | None:
@@ -98,8 +102,6 @@ def plan_facts(output: Output) -> dict[str, Any] | None:
         for name, stage in output.stages.items()
     }
     shares = stage_shares(output.schedule)
-    full = cost(output.stages[REFRESH].program).total_macs
-    mean = sum(share * stages[name]["cost"]["total_macs"] for name, share in shares.items())
     evaluations = output.schedule.evaluations
     return {
         "schedule": output.schedule.encode(),
@@ -108,7 +110,7 @@ def plan_facts(output: Output) -> dict[str, Any] | None:
         "shares": shares,
         "stages": stages,
         "registers": _register_bytes(output),
-        "predicted_speedup": full / mean if mean else 1.0,
+        "predicted_speedup": speedup_bound(output.macs(), one_round(output.schedule)),
         "notes": list(output.notes),
     }
 

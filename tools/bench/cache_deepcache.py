@@ -23,7 +23,7 @@ from ...frontends.capture import capture
 from ...graph.cost import cost
 from ...graph.plan import Plan
 from ...graph.program import Program
-from ...graph.schedules import REFRESH, REUSE, Uniform
+from ...graph.schedules import REFRESH, REUSE, Uniform, speedup_bound
 from ...passes.base import Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
 from .cache_bed import counting
@@ -158,7 +158,7 @@ class SideBySide:
                 said = f"ours {ours.seconds[-1]:.2f} s, theirs {theirs.seconds[-1]:.2f} s"
                 progress(f"  evaluation {i + 1} of {self.steps}: {said}")
             their_bytes = kept_bytes(helper)
-        macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
+        macs = plan.macs()
         ran = module.history()
         row: Row = {
             "branch": branch,
@@ -213,7 +213,7 @@ class SideBySide:
             list(self.lane(unet, interval).run())
         full, ran = cost(self.program).total_macs, Uniform(interval).programs(self.steps)
         reuse = (counter.get_total_flops() / 2 - full) / (interval - 1)
-        bound = full * self.steps / sum(full if name == REFRESH else reuse for name in ran)
+        bound = speedup_bound({REFRESH: full, REUSE: reuse}, ran)
         row: Row = {"interval": interval, "seconds": sum(lane.seconds), "bound": bound}
         return [row | {"psnr": psnr(lane.latents, self.plain.latents)}]
 
@@ -244,7 +244,7 @@ def _ratios(ran: Sequence[str], ours: Sequence[float], theirs: Sequence[float], 
     row: Row = {"ours_s": sum(ours), "theirs_s": sum(theirs), "refresh_s": full, "reuse_s": reuse}
     row |= {"their_refresh_s": median(theirs, REFRESH), "their_reuse_s": their_reuse}
     row |= {"time_ratio": reuse / full, "their_time_ratio": their_reuse / row["their_refresh_s"]}
-    bound = len(ran) / sum(1.0 if name == REFRESH else mac_ratio for name in ran)
+    bound = speedup_bound({REFRESH: 1.0, REUSE: mac_ratio}, ran)
     return row | {"mac_ratio": mac_ratio, "in_time": reuse / full <= SLACK * mac_ratio, "bound": bound}
 
 

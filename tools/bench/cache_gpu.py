@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ...frontends.capture import capture
-from ...graph.cost import cost
-from ...graph.schedules import REFRESH, REUSE, Uniform
+from ...graph.schedules import speedup_bound
 from ...passes.base import Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
 from .cache_deepcache import GUIDANCE, TOKENS, psnr
@@ -67,9 +66,7 @@ def measure(
         for name, model in lanes.items():
             seconds[name].append(_seconds(device, lambda m=model: _sampled(m, scheduler, noise, text, steps)))
     full, ours = (statistics.median(seconds[name]) for name in lanes)
-    macs = {name: cost(stage.program).total_macs for name, stage in plan.stages.items()}
-    ran = Uniform(INTERVAL).programs(steps)
-    bound = len(ran) / sum(1.0 if name == REFRESH else macs[REUSE] / macs[REFRESH] for name in ran)
+    bound = speedup_bound(plan.macs(), plan.schedule.programs(steps))
     row: Row = {"full_s": full, "ours_s": ours, "speedup": full / ours, "bound": bound, "holds": full / ours >= TARGET}
     return row | {"psnr": psnr(pictures["ours"], pictures["full"])}
 

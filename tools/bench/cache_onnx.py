@@ -21,9 +21,8 @@ from torch import Tensor
 
 from ...backends.onnx_export import export_onnx, load_onnx_plan
 from ...backends.runner_program import RunnerProgram
-from ...graph.cost import cost
 from ...graph.program import Program
-from ...graph.schedules import REFRESH
+from ...graph.schedules import speedup_bound
 from ...passes.base import Pass, Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
 from ...passes.insert_layer_cache import InsertLayerCache
@@ -105,9 +104,7 @@ def rows_of(subject: Subject, name: str, repeats: int = REPEATS) -> list[Row]:
                 timed = Timed(model)
                 subject.draw(timed)
                 seconds[key].append(timed.seconds)
-    ran = plan.schedule.programs(subject.steps)
-    macs = {stage: cost(part.program).total_macs for stage, part in plan.stages.items()}
-    bound = macs[REFRESH] * len(ran) / sum(macs[stage] for stage in ran)
+    bound = speedup_bound(plan.macs(), plan.schedule.programs(subject.steps))
     spent = {key: statistics.median(found) for key, found in seconds.items()}
     speedup = spent["full"] / spent["plan"]
     difference = float((got - want).abs().max() / want.abs().max())
