@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..graph.errors import PreconditionError
 from ..graph.program import Program
 from ..graph.schedules import alternating
 from .gated_program import GATE, gated_program
-from .sampling_runs import Evaluation, Sample, mean_squared, require_cheap, sampling_run
+from .sampling_runs import Evaluation, Sample, mean_squared, require_cheap, require_picture, sampling_run
 
 
 def picture_weights(
@@ -74,12 +73,7 @@ def picture_weights(
         generator = torch.Generator().manual_seed(0)
         generator.set_state(state)
         with torch.no_grad():
-            drawn = sampling_run(programs, sample, generator, evaluations, places, at_cheap)
-        if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(drawn)):
-            raise PreconditionError(
-                f"sample returned {type(drawn).__name__}, and the weights compare pictures: let it return what it drew"
-            )
-        return drawn
+            return require_picture(sampling_run(programs, sample, generator, evaluations, places, at_cheap))
 
     for noise in range(rounds):
         state = torch.Generator().manual_seed(seed + noise).get_state()

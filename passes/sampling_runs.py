@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..graph.errors import PreconditionError
 from .gated_program import GatedProgram
@@ -61,6 +62,8 @@ class Denoiser:
         evaluations: Of the run.
         cheap: Numbers of the cheap ones.
         at_cheap: Gives the result of a cheap evaluation.
+        differentiable: Whether gradients go through the evaluations to those before. Then each is computed again on
+            the way back, so that only its inputs and kept branches take memory until then.
     """
 
     def __init__(
@@ -69,8 +72,10 @@ class Denoiser:
         evaluations: int,
         cheap: Sequence[int],
         at_cheap: Callable[[Evaluation], Any],
+        differentiable: bool = False,
     ) -> None:
         self._programs, self._evaluations, self._at_cheap = programs, evaluations, at_cheap
+        self._differentiable = differentiable
         self._rows = {evaluation: row for row, evaluation in enumerate(cheap)}
         self._runs: dict[str, _Run] = {}
         self._context = ""
@@ -86,15 +91,25 @@ class Denoiser:
             raise self._other_length(f"{run.index + 1} times or more")
         index, run.index = run.index, run.index + 1
         # Tensors made in inference mode cannot enter autograd, whatever the mode.
-        with torch.inference_mode(False), torch.no_grad():
-            args, kwargs = pytree.tree_map_only(Tensor, _ordinary, (args, kwargs))
+        with torch.inference_mode(False), torch.set_grad_enabled(self._differentiable):
+            args, kwargs = pytree.tree_map_only(Tensor, self._ordinary, (args, kwargs))
             leaves = pytree.tree_leaves((args, kwargs))
             shapes = tuple((v.shape, v.dtype, v.device) for v in leaves if isinstance(v, Tensor))
             if index in self._rows and run.kept and shapes == run.shapes:
-                return self._at_cheap(Evaluation(self._rows[index], args, kwargs, run.kept))
-            result, run.kept = self._programs.full(*args, **kwargs)
+                return self._evaluate(self._at_cheap, Evaluation(self._rows[index], args, kwargs, run.kept))
+            result, run.kept = self._evaluate(self._programs.full, *args, **kwargs)
             run.shapes = shapes
             return result
+
+    def _evaluate(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._differentiable:
+            return function(*args, **kwargs)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def _ordinary(self, tensor: Tensor) -> Tensor:
+        if tensor.is_inference():
+            return tensor.clone()
+        return tensor if self._differentiable else tensor.detach()
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
@@ -125,13 +140,14 @@ def sampling_run(
     evaluations: int,
     cheap: Sequence[int],
     at_cheap: Callable[[Evaluation], Any],
+    differentiable: bool = False,
 ) -> Any:
     """Let ``sample`` make one run, and return what it returns; see `Denoiser`.
 
     Raises:
         PreconditionError: It did not call the denoiser ``evaluations`` times.
     """
-    denoiser = Denoiser(programs, evaluations, cheap, at_cheap)
+    denoiser = Denoiser(programs, evaluations, cheap, at_cheap, differentiable)
     drawn = sample(denoiser, generator)
     denoiser.finish()
     return drawn
@@ -152,6 +168,19 @@ def require_cheap(evaluations: int, cheap: Sequence[int]) -> tuple[int, ...]:
     return places
 
 
+def require_picture(drawn: Any) -> Any:
+    """Return what ``sample`` returned.
+
+    Raises:
+        PreconditionError: There is no tensor of floating point in it.
+    """
+    if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(drawn)):
+        raise PreconditionError(
+            f"sample returned {type(drawn).__name__}, and pictures are compared: let it return what it drew"
+        )
+    return drawn
+
+
 def mean_squared(result: Any, reference: Any) -> Tensor:
     """Return the mean over all elements of all floating-point tensors of the squared difference, a scalar."""
     pairs = [
@@ -161,7 +190,3 @@ def mean_squared(result: Any, reference: Any) -> Tensor:
     ]
     total = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
     return total / sum(a.numel() for a, _ in pairs)
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor.detach()

@@ -78,6 +78,8 @@ def guided(denoise: LabelledDenoise, labels: Tensor, guidance: float) -> Denoise
 def sampling(count: int = 16, steps: int = 20, guidance: float = 1.0) -> Callable[[Any, torch.Generator], Tensor]:
     """Return what makes one sampling run, as a recipe's ``sampling`` wants it: digits of classes in turn, noise drawn anew.
 
+    Gradients go through it where they are wanted.
+
     Args:
         count: Pictures of a run.
         steps: DDIM steps; the denoiser is called once in each.
@@ -91,11 +93,13 @@ def sampling(count: int = 16, steps: int = 20, guidance: float = 1.0) -> Callabl
     def sample(denoise: Callable[..., Any], generator: torch.Generator) -> Tensor:
         labels = torch.arange(count) % CLASSES
         seed = int(torch.randint(2**31, (), generator=generator))
-        return sample_labelled_digits(labelled_denoiser(denoise), labels, steps, guidance, seed)
+        predict = labelled_denoiser(denoise)
+        return sample_each(lambda pictures: guided(predict, labels[pictures], guidance), count, steps, seed)
 
     return sample
 
 
+@torch.no_grad()
 def sample_labelled_digits(
     denoise: LabelledDenoise,
     labels: Tensor,

@@ -32,6 +32,7 @@ def denoiser(program: Callable[..., Any]) -> Denoise:
     return denoise
 
 
+@torch.no_grad()
 def sample_digits(
     denoise: Denoise,
     count: int,
@@ -64,16 +65,15 @@ def sample_digits(
     return sample_each(lambda pictures: denoise, count, steps, seed, batch, device)
 
 
-@torch.no_grad()
 def sample_each(
     denoise_of: Callable[[Tensor], Denoise],
     count: int,
     steps: int,
     seed: int,
-    batch: int | None,
-    device: torch.device | str,
+    batch: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw digits as `sample_digits` does, with what each batch needs.
+    """Draw digits as `sample_digits` does, with what each batch needs; gradients go through where they are wanted.
 
     Args:
         denoise_of: Makes what predicts the noise of a batch from the indices ``[rows]`` of its pictures among

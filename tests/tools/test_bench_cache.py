@@ -149,7 +149,17 @@ def test_plans_in_onnx_runtime_draw_what_they_draw_in_pytorch() -> None:
     assert row["equal"] and row["from_uncached"] > 100 * row["max_difference"]
     assert row["bound"] == pytest.approx(2 * full / (full + reuse))
     assert row["speedup"] == pytest.approx(row["full_s"] / row["ours_s"]) and row["speedup"] > 1
-    assert [s.name for s in cache_onnx.subjects()] == ["digits-ddpm", "digits-dit", "SD 1.5 at quarter width"]
+    names = ["digits-ddpm", "digits-dit", "SD 1.5 at quarter width", "DiT-S/2"]
+    assert [s.name for s in cache_onnx.subjects()] == names
+
+
+def test_plans_of_a_transformer_with_labels_in_onnx_runtime() -> None:
+    small = cache_onnx.Labels(cache_models.DIT_S_2 | {"num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 10}, 3)
+    subject = cache_onnx.Subject(
+        "tiny", 3, lambda: small.program, small.draw, {"N=2": gw.InsertLayerCache(interval_steps=2)}
+    )
+    (row,) = cache_onnx.rows_of(subject, "N=2", repeats=1)
+    assert row["equal"] and row["from_uncached"] > 1e-3
 
 
 def test_without_a_gpu_its_row_says_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,20 +103,33 @@ def test_learned_routers_are_counted_by_the_seeds_they_win() -> None:
         row("uniform", 0, 2e-3, 1.2),
         row("learned", 1, 3e-3, 1.4),
         row("uniform", 1, 2e-3, 1.5),
+        row("learned from pictures", 0, 5e-3, 1.0),
+        row("learned from pictures", 1, 5e-3, 1.6),
     ]
-    none, learned, uniform = learned_routers.summary(rows)
-    assert none[5] == "1.000" and none[6:] == ["", "", ""]
-    assert learned[4:] == ["0.1000 ± 0.0000", "1.250 ± 0.212", "", "", ""]
-    assert uniform[6:] == ["1 of 2", "0 of 2", "2 of 2"] and uniform[3] == "2.0e-03 to 2.0e-03"
+    none, learned, uniform, pictured = learned_routers.summary(rows)
+    assert none[5] == "1.000" and none[6:] == ["", "", "", "", ""]
+    assert learned[4:] == ["0.1000 ± 0.0000", "1.250 ± 0.212", "", "", "", "0 of 2", "1 of 2"]
+    assert uniform[6:] == ["1 of 2", "0 of 2", "2 of 2", "0 of 2", "1 of 2"] and uniform[3] == "2.0e-03 to 2.0e-03"
+    assert pictured[6:] == ["2 of 2", "0 of 2", "1 of 2", "", ""]
 
 
 def test_a_seed_gives_a_row_for_every_router(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.setattr(learned_routers, "ROUNDS", 1)
+    monkeypatch.setattr(learned_routers, "PICTURE_ROUNDS", 1)
     monkeypatch.setattr(learned_routers, "RANDOM", 2)
     monkeypatch.setattr(learned_routers, "DRAWN", 2)
     rows = learned_routers.seed_rows(Bed("digits-dit", 4, 16), 0)
-    names = ["no cache", "learned", "least change", "uniform", "top-down", "bottom-up", "random, mean"]
+    names = [
+        "no cache",
+        "learned",
+        "learned from pictures",
+        "least change",
+        "uniform",
+        "top-down",
+        "bottom-up",
+        "random, mean",
+    ]
     assert [row["router"] for row in rows] == [*names, "random, best of 2"]
     drawn = rows[1:-1]
     assert len({row["removed"] for row in drawn}) == 1 and 0 < drawn[0]["removed"] < drawn[0]["of"] == 24

@@ -73,6 +73,16 @@ TINY_SD: dict[str, Any] = {
     "cross_attention_dim": 12,
     "attention_head_dim": 2,
 }
+# DiT-S/2 (arXiv 2212.09748): 12 blocks, 384 wide; of latents 32x32, so 256 tokens.
+DIT_S_2: dict[str, Any] = {
+    "sample_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 12,
+    "num_attention_heads": 6,
+    "attention_head_dim": 64,
+    "num_embeds_ada_norm": 1000,
+}
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -88,6 +98,13 @@ def conditional(config: dict[str, Any]) -> nn.Module:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel(**config).eval()
+
+
+def transformer(config: dict[str, Any]) -> nn.Module:
+    """Return a ``DiTTransformer2DModel`` with random weights, in eval mode."""
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(**config).eval()
 
 
 def tiny_pipeline(kind: str = "StableDiffusionPipeline", scheduler: str = "DDIMScheduler", **config: Any) -> Any:

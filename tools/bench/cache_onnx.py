@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ from torch import Tensor
 
 from ...backends.onnx_export import export_onnx, load_onnx_plan
 from ...backends.runner_program import RunnerProgram
+from ...frontends.capture import capture
 from ...graph.program import Program
 from ...graph.schedules import speedup_bound
 from ...passes.base import Pass, Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
 from ...passes.insert_layer_cache import InsertLayerCache
 from ..digits import sample_digits
-from .cache_bed import Bed, Model
+from .cache_bed import GUIDANCE, Bed, Model
 from .cache_deepcache import SideBySide
-from .cache_models import SD_QUARTER
+from .cache_models import BETAS, DIT_S_2, SD_QUARTER, transformer
 from .cache_rows import Row, Rows
 
 MOST_DIFFERENT = 1e-4
@@ -58,6 +60,51 @@ class Subject:
     caches: dict[str, Pass]
 
 
+class Labels:
+    """A class-conditional transformer with random weights that draws latents of one class with guidance.
+
+    Args:
+        config: Of a ``DiTTransformer2DModel``.
+        steps: DDIM steps.
+    """
+
+    names = ("hidden_states", "timestep", "class_labels")
+
+    def __init__(self, config: dict[str, Any], steps: int) -> None:
+        self.config, self.steps = config, steps
+
+    def inputs(self, latents: Tensor, time: Tensor) -> dict[str, Any]:
+        """Return the inputs of an evaluation, the row of no class before that of the class."""
+        none = self.config["num_embeds_ada_norm"]
+        values = (torch.cat([latents] * 2), time.expand(2), torch.tensor([none, none // 5]))
+        return dict(zip(self.names, values, strict=True)) | {"return_dict": False}
+
+    @cached_property
+    def program(self) -> Program:
+        """The captured transformer, for any batch."""
+        torch.manual_seed(0)
+        return capture(transformer(self.config), (), self.inputs(self.noise, torch.tensor(1)))
+
+    @property
+    def noise(self) -> Tensor:
+        """Where a run starts."""
+        size, channels = self.config["sample_size"], self.config["in_channels"]
+        return torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def draw(self, model: Model) -> Tensor:
+        """Return the latents of a run."""
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+        scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+        scheduler.set_timesteps(self.steps)
+        latents = self.noise
+        for t in scheduler.timesteps:
+            without, with_class = model(**self.inputs(latents, t))[0].chunk(2)
+            latents = scheduler.step(without + GUIDANCE * (with_class - without), t, latents, return_dict=False)[0]
+        return latents
+
+
 def subjects(steps: int = 50, count: int = 64, sd_steps: int = 10) -> list[Subject]:
     """Return what is measured."""
     ddpm, dit, sd = (
@@ -65,6 +112,7 @@ def subjects(steps: int = 50, count: int = 64, sd_steps: int = 10) -> list[Subje
         Bed("digits-dit", steps, count),
         SideBySide(SD_QUARTER, 32, sd_steps),
     )
+    small = Labels(DIT_S_2, sd_steps)
     feature = {f"DeepCache, branch 0, N={n}": InsertFeatureCache(interval_steps=n, branch=0) for n in (3, 5)}
     layers = {f"InsertLayerCache, N={n}": InsertLayerCache(interval_steps=n, timestep=dit.names[1]) for n in (2, 3)}
     return [
@@ -73,6 +121,7 @@ def subjects(steps: int = 50, count: int = 64, sd_steps: int = 10) -> list[Subje
         Subject(
             "SD 1.5 at quarter width", sd_steps, lambda: sd.program, lambda model: _latents(sd, model), dict(feature)
         ),
+        Subject("DiT-S/2", sd_steps, lambda: small.program, small.draw, dict(layers)),
     ]
 
 
