@@ -33,6 +33,7 @@ class LearnLayerCache(Pass):
         threshold: A branch is computed where its gate is above this.
         seed: Of the first gates and of the sampling runs.
         timestep: Name of the input that holds the time.
+        objective: ``result`` compares the model's results at each cheap evaluation, ``picture`` what the whole run draws.
     """
 
     name: ClassVar[str] = "learn-layer-cache"
@@ -45,6 +46,7 @@ class LearnLayerCache(Pass):
     threshold: float = 0.1
     seed: int = 0
     timestep: str = "timestep"
+    objective: str = "result"
 
     def __post_init__(self) -> None:
         if self.evaluations < 2 or self.rounds < 1:
@@ -90,5 +92,6 @@ class LearnLayerCache(Pass):
             rounds=self.rounds,
             seed=self.seed,
             threshold=self.threshold,
+            objective=self.objective,
             progress=ctx.report,
         )

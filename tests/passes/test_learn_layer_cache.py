@@ -42,8 +42,9 @@ def program() -> Program:
     return capture(Residual().eval(), (torch.randn(2, 6), torch.tensor([3, 3])))
 
 
-def test_plan_is_that_of_the_router(program: Program) -> None:
-    options: dict[str, Any] = {"rounds": 30, "lr": 0.1, "seed": 2, "lam": 1e-3}
+@pytest.mark.parametrize(("objective", "lam"), [("result", 1e-3), ("picture", 1e-6)])
+def test_plan_is_that_of_the_router(program: Program, objective: str, lam: float) -> None:
+    options: dict[str, Any] = {"rounds": 30, "lr": 0.1, "seed": 2, "lam": lam, "objective": objective}
     seen: list[tuple[str, int, int]] = []
     ctx = Context(sample=loop, progress=lambda *told: seen.append(told))
     result = Pipeline([LearnLayerCache(evaluations=EVALUATIONS, threshold=0.4, **options)])(program, ctx)
