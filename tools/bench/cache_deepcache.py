@@ -28,7 +28,7 @@ from ...passes.base import Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
 from .cache_bed import counting
 from .cache_helper import kept_bytes, package
-from .cache_models import BETAS, SD_15, conditional
+from .cache_models import SD_15, conditional, ddim
 from .cache_rows import Row, Rows, progress
 from .memory import peak_bytes
 
@@ -43,10 +43,7 @@ class Lane:
     """One sampling run, an evaluation at a time, with the CPU seconds of each."""
 
     def __init__(self, unet: Callable[..., Any], noise: Tensor, text: Tensor, steps: int) -> None:
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-        self.scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
-        self.scheduler.set_timesteps(steps)
+        self.scheduler = ddim(steps, noise.device)
         self.unet = unet
         self.seconds: list[float] = []
         self._latents, self._text = noise, text

@@ -19,8 +19,8 @@ from ...frontends.capture import capture
 from ...graph.schedules import speedup_bound
 from ...passes.base import Pipeline
 from ...passes.insert_feature_cache import InsertFeatureCache
-from .cache_deepcache import GUIDANCE, TOKENS, psnr
-from .cache_models import BETAS, SD_21, conditional
+from .cache_deepcache import TOKENS, Lane, psnr
+from .cache_models import SD_21, conditional
 from .cache_rows import Row, Rows
 
 TARGET = 2.2
@@ -57,33 +57,23 @@ def measure(
     text = torch.randn(2, TOKENS, config["cross_attention_dim"], generator=generator).to(device, dtype)
     program = capture(unet, (torch.cat([noise] * 2), torch.tensor(1, device=device), text), {"return_dict": False})
     plan = Pipeline([InsertFeatureCache(branch=BRANCH, interval_steps=INTERVAL)])(program).plan
-    scheduler = _scheduler()
-    module = plan.module(clock=lambda: scheduler.timesteps)
-    lanes = {"full": unet, "ours": module}
-    pictures = {name: _sampled(model, scheduler, noise, text, steps) for name, model in lanes.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in lanes}
+    running: list[Lane] = []
+    models = {"full": unet, "ours": plan.module(clock=lambda: running[-1].scheduler.timesteps)}
+
+    def sampled(model: Callable[..., Any]) -> Tensor:
+        running.append(Lane(model, noise, text, steps))
+        list(running[-1].run())
+        return running[-1].latents.float()
+
+    pictures = {name: sampled(model) for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
-        for name, model in lanes.items():
-            seconds[name].append(_seconds(device, lambda m=model: _sampled(m, scheduler, noise, text, steps)))
-    full, ours = (statistics.median(seconds[name]) for name in lanes)
+        for name, model in models.items():
+            seconds[name].append(_seconds(device, lambda m=model: sampled(m)))
+    full, ours = (statistics.median(seconds[name]) for name in models)
     bound = speedup_bound(plan.macs(), plan.schedule.programs(steps))
     row: Row = {"full_s": full, "ours_s": ours, "speedup": full / ours, "bound": bound, "holds": full / ours >= TARGET}
     return row | {"psnr": psnr(pictures["ours"], pictures["full"])}
-
-
-def _scheduler() -> Any:
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    return DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
-
-
-def _sampled(model: Callable[..., Any], scheduler: Any, latents: Tensor, text: Tensor, steps: int) -> Tensor:
-    scheduler.set_timesteps(steps, device=latents.device)
-    for t in scheduler.timesteps:
-        without, with_text = model(torch.cat([latents] * 2), t, text, return_dict=False)[0].chunk(2)
-        guided = without + GUIDANCE * (with_text - without)
-        latents = scheduler.step(guided, t, latents, return_dict=False)[0]
-    return latents.float()
 
 
 def _seconds(device: torch.device, call: Callable[[], object]) -> float:

@@ -107,6 +107,15 @@ def transformer(config: dict[str, Any]) -> nn.Module:
     return DiTTransformer2DModel(**config).eval()
 
 
+def ddim(steps: int, device: torch.device | str = "cpu") -> Any:
+    """Return Stable Diffusion's deterministic sampler, with its times set."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler
+
+
 def tiny_pipeline(kind: str = "StableDiffusionPipeline", scheduler: str = "DDIMScheduler", **config: Any) -> Any:
     """Return a pipeline of Stable Diffusion's kind without a text encoder: `draw` makes up embeddings.
 

@@ -31,7 +31,7 @@ from ...passes.insert_layer_cache import InsertLayerCache
 from ..digits import sample_digits
 from .cache_bed import GUIDANCE, Bed, Model
 from .cache_deepcache import SideBySide
-from .cache_models import BETAS, DIT_S_2, SD_QUARTER, transformer
+from .cache_models import DIT_S_2, SD_QUARTER, ddim, transformer
 from .cache_rows import Row, Rows
 
 MOST_DIFFERENT = 1e-4
@@ -94,11 +94,7 @@ class Labels:
     @torch.no_grad()
     def draw(self, model: Model) -> Tensor:
         """Return the latents of a run."""
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-        scheduler: Any = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
-        scheduler.set_timesteps(self.steps)
-        latents = self.noise
+        scheduler, latents = ddim(self.steps), self.noise
         for t in scheduler.timesteps:
             without, with_class = model(**self.inputs(latents, t))[0].chunk(2)
             latents = scheduler.step(without + GUIDANCE * (with_class - without), t, latents, return_dict=False)[0]
