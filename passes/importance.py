@@ -30,6 +30,7 @@ from .criteria import (
     UNJUDGED,
     Scoring,
     batch_norm_scales,
+    layer_biases,
     layer_sides,
 )
 from .reductions import Normaliser, Reduction, normaliser_of, reduction_of
@@ -72,6 +73,7 @@ def scoring_of(
         seed,
         gradients.losses,
         gradients.used,
+        layer_biases(program),
     )
 
 

@@ -61,7 +61,8 @@ class RemoveChannels(Pass):
 
     Attributes:
         ratio: Fraction of the indices of channel and hidden groups to remove, of the width before the pass.
-        criterion: How a slice is scored: a key of `criteria.CRITERIA`. ``hessian`` and Taylor need calibration.
+        criterion: How a slice is scored: a key of `criteria.CRITERIA`. ``hessian``, ``obdc`` and Taylor need
+            calibration.
         scope: ``local`` (every group loses the same fraction), ``global`` (all indices compete) or ``isomorphic`` (the
             indices of groups that run through the same operators compete, arXiv 2407.04616).
         reduction: How the members of a group are combined: a key of `reductions.REDUCTIONS` or, from Python, a function
