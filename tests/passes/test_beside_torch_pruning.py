@@ -17,6 +17,7 @@ from graphwright.graph.depgraph import depgraph
 from graphwright.graph.program import Program
 from graphwright.passes.base import Context, Pipeline
 from graphwright.passes.criteria import Scoring, layer_sides
+from graphwright.passes.fisher import fisher_calibration
 from graphwright.passes.importance import importance, scoring_of
 from graphwright.passes.remove_channels import RemoveChannels
 from graphwright.passes.sparse_training import BatchNormScale, group_lasso_gradients
@@ -106,7 +107,59 @@ def test_magnitude_and_lamp_remove_the_same_channels(criterion: str, options: di
         torch.testing.assert_close(tensors[name].detach(), parameter.detach(), msg=name)
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 0.95])
+def test_a_sentinel_is_the_score_of_the_same_rank(fraction: float) -> None:
+    model = made(norm=False)
+    # Theirs adds 1e-8 to what it divides by.
+    theirs = peer.importance.MagnitudeImportance(normalizer=f"sentinel_{fraction}")(group_of(model, model.conv1, 16))
+    program = capture(model, (X,))
+    group = next(g for g in depgraph(program).groups if g.name == "conv1:channel")
+    ours = importance(group, Scoring(program.tensors()), "magnitude-l2", "mean", f"sentinel-{fraction}")
+    assert float(ours.sort().values[int(16 * fraction)]) == 1
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
+
+
+def fisher_factors(model: Any, scorer: Any) -> tuple[Tensor, Any]:
+    """Give their OBDC what it takes from hooks that it does not manage to set, of labels that our calibration draws."""
+    calibration = fisher_calibration([X], seed=5)
+    for layer in (model.conv1, model.conv2):
+        scorer.modules.append(layer)
+        layer.register_forward_pre_hook(scorer._save_input)
+        layer.register_full_backward_hook(scorer._save_grad_output)
+    calibration[0](model, calibration[1][0]).backward()
+    scorer.step()
+    return scorer.Fisher[model.conv1], calibration
+
+
+def test_obdc_without_biases_has_the_same_fisher_factors_and_scores() -> None:
+    model = made(norm=False)
+    model.conv1.bias = model.conv2.bias = None
+    scorer = peer.importance.OBDCImportance(normalizer=None, num_classes=5)
+    found, (loss, batches, split) = fisher_factors(model, scorer)
+    program = capture(model, (X,))
+    scoring = scoring_of(program, "obdc", Context(loss=loss, batches=batches, split=split))
+    # Theirs is the sum over the four samples of its one batch, ours the mean.
+    mean = scoring.squared_gradients["conv1.weight"].flatten(1)
+    torch.testing.assert_close(found / 4, mean, rtol=1e-3, atol=1e-5 * float(mean.max()))
+    scores = scorer(group_of(model, model.conv1, 16))
+    torch.testing.assert_close(ours(program, "obdc", scoring).float(), scores / 4, rtol=1e-3, atol=0)
+
+
 # ---------------------------------------------------------------------- where theirs is wrong
+
+
+def test_obdc_takes_layers_with_biases() -> None:
+    model = made(norm=False)
+    scorer = peer.importance.OBDCImportance(normalizer=None, num_classes=5)
+    with pytest.raises(TypeError):
+        scorer._prepare_model(model, theirs(model, scorer, pruning_ratio=0.5))
+    scorer._clear_buffer()
+    _, (loss, batches, split) = fisher_factors(model, scorer)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        scorer(group_of(model, model.conv1, 16))
+    step = RemoveChannels(criterion="obdc", ratio=0.5, include_bias=True)
+    result = Pipeline([step])(capture(made(norm=False), (X,)), Context(loss=loss, batches=batches, split=split))
+    assert result.program.parameters()["conv1.weight"].shape[0] == 8
 
 
 def test_batch_norm_counts_in_taylor_scores() -> None:
