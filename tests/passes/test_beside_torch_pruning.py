@@ -6,6 +6,7 @@ Each test of the second kind first shows that its result is wrong, so that one s
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from graphwright.frontends.capture import capture
 from graphwright.graph.depgraph import depgraph
 from graphwright.graph.program import Program
+from graphwright.passes import criteria
 from graphwright.passes.base import Context, Pipeline
 from graphwright.passes.criteria import Scoring, layer_sides
 from graphwright.passes.fisher import fisher_calibration
@@ -105,6 +107,43 @@ def test_magnitude_and_lamp_remove_the_same_channels(criterion: str, options: di
     assert tensors["conv1.weight"].shape[0] < 16 and tensors["conv2.weight"].shape[0] < 12
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(tensors[name].detach(), parameter.detach(), msg=name)
+
+
+class Pooled(Net):
+    """Without a flattened reader, whose columns theirs compares one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.conv2(torch.relu(self.norm(self.conv1(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_fpgm_over_groups_differs_by_the_square_of_the_weights_alone(
+    scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def squared(scoring: Scoring, group: Any, members: Any) -> list[Tensor]:
+        tensors = {name: t.detach() ** 2 for name, t in scoring.tensors.items()}
+        return criteria.CRITERIA["group-fpgm"](replace(scoring, tensors=tensors), group, members)
+
+    monkeypatch.setitem(criteria.CRITERIA, "group-fpgm-squared", squared)
+    torch.manual_seed(0)
+    model = Pooled().eval()
+    program = capture(model, (X,))
+    found = {
+        criterion: Pipeline([RemoveChannels(ratio=0.5, scope=scope, criterion=criterion)])(program).program.parameters()
+        for criterion in ("group-fpgm-squared", "group-fpgm", "fpgm")
+    }
+    theirs(model, peer.importance.FPGMImportance(), pruning_ratio=0.5, global_pruning=scope == "global").step()
+
+    def same(criterion: str) -> bool:
+        pairs = [(found[criterion][name], p) for name, p in model.named_parameters()]
+        return all(a.shape == b.shape and torch.equal(a.detach(), b.detach()) for a, b in pairs)
+
+    assert width(model) < 16
+    assert same("group-fpgm-squared") and not same("group-fpgm") and not same("fpgm")
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 0.95])
@@ -223,6 +262,14 @@ def test_the_largest_ratio_holds_in_one_shot() -> None:
     theirs(model, peer.importance.MagnitudeImportance(), pruning_ratio=0.6, max_pruning_ratio=0.3).step()
     assert width(model) == 6
     assert removed(made(), ratio=0.6, max_ratio=0.3) == 12
+
+
+def test_a_ratio_given_for_one_layer_is_what_goes_as_everywhere_else() -> None:
+    model = made()
+    pruner = theirs(model, peer.importance.MagnitudeImportance(), pruning_ratio=0.5)
+    pruner.manual_prune_width(model.conv1, peer.prune_conv_out_channels, 0.25)
+    assert width(model) == 4  # here its ratio is what stays
+    assert removed(made(), ratio=0, ratios={"conv1": 0.25}) == 12
 
 
 def test_a_width_rounded_to_a_multiple_is_never_zero() -> None:

@@ -14,6 +14,7 @@ from graphwright.frontends.capture import capture
 from graphwright.graph.depgraph import depgraph
 from graphwright.graph.errors import PreconditionError
 from graphwright.graph.program import Program
+from graphwright.graph.resize import resize
 from graphwright.passes.base import Context, Pipeline
 from graphwright.passes.criteria import CRITERIA, Scoring
 from graphwright.passes.importance import NotScoredError, importance, is_bias, scoring_of
@@ -182,6 +183,67 @@ def test_taylor_counts_batch_norm_weights(setting: Any) -> None:
 
     total = sum(g["norm.weight"] for g in gradients(model, batches))
     torch.testing.assert_close(scores[0], (model.norm.weight.detach() * total).abs())
+
+
+class Streams(nn.Module):
+    """An axis with a position table, one norm of each kind, and a scale for each feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 2, 1)
+        self.table, self.scale = nn.Parameter(torch.ones(1, 6, 8)), nn.Parameter(torch.ones(8))
+        self.layer, self.rms = nn.LayerNorm(8), nn.RMSNorm(8)
+        self.group, self.batch = nn.GroupNorm(2, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.i(x).transpose(1, 2) + self.table
+        h = self.rms(self.layer(h)) * self.scale
+        return self.o(self.batch(self.group(h.transpose(1, 2))))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude-l2", "taylor", "hessian"])
+def test_every_parameter_that_carries_an_index_counts_norms_tables_and_scales_too(criterion: str) -> None:
+    model = made(Streams)
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    program = capture(model, (x,))
+    (group,) = depgraph(program).groups
+    loss(model, x).backward()
+    carried = [(p.detach(), p.grad) for n, p in model.named_parameters() if 8 in p.shape and not n.endswith("bias")]
+    biases = [(p.detach(), p.grad) for n, p in model.named_parameters() if 8 in p.shape and n.endswith("bias")]
+    assert len(carried) == 8 and len(biases) == 4
+    scoring = scoring_of(program, criterion, Context(loss=loss, batches=[x]))
+
+    def score(p: Tensor, grad: Any) -> Tensor:
+        each = {"magnitude-l2": p**2, "taylor": (p * grad).abs(), "hessian": (p * grad) ** 2}[criterion]
+        return each.movedim(p.shape.index(8), 0).flatten(1).sum(1) if p.dim() > 1 else each
+
+    wanted = sum(score(*pair) for pair in carried)
+    torch.testing.assert_close(importance(group, scoring, criterion, "sum"), wanted)
+    with_bias = sum((score(*pair) for pair in biases), wanted)
+    torch.testing.assert_close(importance(group, scoring, criterion, "sum", include_bias=True), with_bias)
+
+
+def test_scores_of_what_stays_are_those_of_its_positions_before() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, WIDTH), nn.Linear(4 + WIDTH, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.cat([self.a(x), self.b(x)], 1))
+
+    model = made(Joined)
+    program = capture(model, (torch.ones(2, 3, dtype=torch.float64),))
+
+    def scores() -> Tensor:
+        group = next(g for g in depgraph(program).groups if g.name == "b:hidden")
+        return importance(group, scoring_of(program, "magnitude-l1"), "magnitude-l1", "sum")
+
+    # The reader's columns of index k are 4 + k.
+    whole = model.b.weight.detach().abs().sum(1) + model.c.weight.detach().abs().sum(0)[4:]
+    torch.testing.assert_close(scores(), whole)
+    resize(program, {"b:hidden": [1, 3]})
+    torch.testing.assert_close(scores(), whole[[1, 3]])
 
 
 def test_fpgm_is_the_sum_of_distances_to_the_other_filters_unsquared_weights() -> None:
