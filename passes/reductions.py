@@ -115,6 +115,6 @@ def normaliser_of(chosen: str | Normaliser) -> Normaliser:
 def _named(what: str, chosen: str | F, known: Mapping[str, F], listed: Iterable[str]) -> F:
     if not isinstance(chosen, str) and callable(chosen):
         return chosen
-    if chosen not in known:
+    if not isinstance(chosen, str) or chosen not in known:
         raise ValueError(f"{what} must be one of {', '.join(listed)}, or a function given from Python, got {chosen!r}")
     return known[chosen]

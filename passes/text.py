@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def show_value(value: Any) -> str:
 
 def qualified_name(function: Any) -> str:
     """Return ``module:name`` of a function, of what a partial one calls, or of the class of a callable object."""
-    named = getattr(function, "func", function)
+    named = function.func if isinstance(function, partial) else function
     named = named if hasattr(named, "__qualname__") else type(named)
     return f"{named.__module__}:{named.__qualname__}"
 

@@ -388,6 +388,7 @@ def test_normalised_scores_do_not_depend_on_the_scale_of_the_gradients(normalise
         ({"normaliser": "sentinel"}, "normaliser must be one of none, .*, sentinel-FRACTION, .*got 'sentinel'"),
         ({"reduction": "least"}, "reduction must be one of sum, .*, or a function given from Python, got 'least'"),
         ({"reduction": 3}, "reduction must be one of .* got 3"),
+        ({"normaliser": ["mean"]}, r"normaliser must be one of .* got \['mean'\]"),
     ],
 )
 def test_an_unknown_reduction_or_normaliser_is_refused(options: dict[str, Any], message: str) -> None:

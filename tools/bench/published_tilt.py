@@ -1,7 +1,7 @@
 """Published pruned ResNets that need real scores: do their two figures fit together?
 
 Under isomorphic ranking the inner widths of all stages are one class, so scores decide which stage loses how much, and random
-ones meet neither figure. Here the random scores of later stages are raised by one common factor a stage until the
+ones meet neither figure. Here weights are drawn, their squares are the scores, and those of later stages are raised by one common factor a stage until the
 multiply-accumulates are the published ones; the parameters that come with that are compared with the published ones.
 """
 
@@ -35,9 +35,10 @@ def tilted(networks: Sequence[Network] = NETWORKS, seed: int = 0) -> Iterator[di
 def _row(network: Network, setting: Setting, seed: int) -> dict[str, Any]:
     sizes = _sizes(network, setting, seed)
     factor, (parameters, macs) = least_factor(sizes, float(setting.macs))
+    without = sizes(1.0)
     row = {"network": network.name, "setting": setting.name, "factor": round(factor, 5)}
-    row |= {"published M": setting.parameters, "ours M": round(parameters, 2), "random M": round(sizes(1.0)[0], 2)}
-    return row | {"published G": setting.macs, "ours G": round(macs, 3), "random G": round(sizes(1.0)[1], 3)}
+    row |= {"published M": setting.parameters, "ours M": round(parameters, 2), "without M": round(without[0], 2)}
+    return row | {"published G": setting.macs, "ours G": round(macs, 3), "without G": round(without[1], 3)}
 
 
 def least_factor(sizes: Callable[[float], tuple[float, float]], macs: float) -> tuple[float, tuple[float, float]]:
