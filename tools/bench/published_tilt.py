@@ -1,8 +1,9 @@
 """Published pruned ResNets that need real scores: do their two figures fit together?
 
 Under isomorphic ranking the inner widths of all stages are one class, so scores decide which stage loses how much, and random
-ones meet neither figure. Here weights are drawn, their squares are the scores, and those of later stages are raised by one common factor a stage until the
-multiply-accumulates are the published ones; the parameters that come with that are compared with the published ones.
+ones meet neither figure. Here weights are drawn, their squares are the scores, and those of later stages are raised by one
+common factor a stage until the multiply-accumulates are the published ones; the parameters that come with that are compared
+with the published ones.
 """
 
 from __future__ import annotations
