@@ -59,8 +59,8 @@ class Context:
     Attributes:
         loss: Calibration loss: ``loss(program, batch)`` returns a scalar tensor; it calls the program like the model.
         batches: Calibration batches, each passed to ``loss`` as it is.
-        split: Takes a batch apart into samples, for criteria that need one gradient per sample (``hessian``); each
-            is passed to ``loss``. Without it every batch counts as one sample.
+        split: Takes a batch apart into samples, for criteria that need one gradient per sample (``hessian``, ``obdc``);
+            each is passed to ``loss``. Without it every batch counts as one sample.
         training: Batches to train on, gone through again and again, each passed to the loss as it is.
         training_loss: Of the training; None for ``loss``.
         sample: Sampling loop of a denoiser, for passes that learn on sampling runs: ``sample(denoise, generator)`` calls

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.groups import CouplingGroup, Member
-from ..graph.operators import arg, base_name, layer_of, weight_of
+from ..graph.operators import arg, base_name, bias_of, layer_of, weight_of
 from ..graph.program import Program, tensor_identity
 from .slices import gathered, power_sums, slice_rows, slice_sums, wide
 
@@ -34,6 +34,7 @@ class Scoring:
         seed: For ``random``.
         losses: Of the calibration samples that were looked at.
         used: Which of them counted.
+        layer_biases: Names of the biases of convolutions and linear layers; for ``obdc``.
     """
 
     tensors: Mapping[str, Tensor]
@@ -46,6 +47,7 @@ class Scoring:
     seed: int = 0
     losses: tuple[float, ...] = ()
     used: tuple[int, ...] = ()
+    layer_biases: frozenset[str] = frozenset()
     _powers: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def weight(self, member: Member) -> Tensor:
@@ -117,6 +119,19 @@ def hessian(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -
     return [slice_sums(scoring.weight(m) ** 2 * scoring.squared_gradients[m.name], m) for m in found]
 
 
+def obdc(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
+    """Score an output slice by ``sum w**2 * (h + 1e-10)``, with ``h`` as in `hessian`.
+
+    Only what convolutions and linear layers produce is judged, with their biases if those count (C-OBD in EigenDamage,
+    1905.05934). There ``h`` is the diagonal of the Fisher matrix, of labels drawn from the model's own distribution: that
+    is a matter of the loss, which `fisher.fisher_calibration` makes.
+    """
+    made = [m for m in members if (m.name, m.dim) in scoring.layer_outputs or m.name in scoring.layer_biases]
+    found = [m for m in made if m.name in scoring.squared_gradients]
+    # Without the constant all filters of a layer that no gradient reaches would be equal; with it the smallest go.
+    return [slice_sums(scoring.weight(m) ** 2 * (scoring.squared_gradients[m.name] + 1e-10), m) for m in found]
+
+
 def fpgm(scoring: Scoring, group: CouplingGroup, members: Sequence[Member]) -> list[Tensor]:
     """Score an output slice by the sum of its distances to the others, ``sum_j ||w_k - w_j||_2``.
 
@@ -157,13 +172,14 @@ CRITERIA: dict[str, Criterion] = {
     "hessian": hessian,
     "magnitude-l1": magnitude(1),
     "magnitude-l2": magnitude(2),
+    "obdc": obdc,
     "random": random,
     "taylor": taylor,
     "taylor-multivariable": taylor_multivariable,
     "taylor-squared": taylor_squared,
 }
-NEEDS_GRADIENTS = frozenset({"hessian", "taylor", "taylor-multivariable", "taylor-squared"})
-NEEDS_SQUARED_GRADIENTS = frozenset({"hessian"})
+NEEDS_SQUARED_GRADIENTS = frozenset({"hessian", "obdc"})
+NEEDS_GRADIENTS = NEEDS_SQUARED_GRADIENTS | {"taylor", "taylor-multivariable", "taylor-squared"}
 
 # What it means when a criterion judges no member of a group.
 UNJUDGED = {
@@ -171,6 +187,7 @@ UNJUDGED = {
     "bn-scale": "no batch norm with a weight carries it",
     "fpgm": "no weight of a convolution or linear layer produces it",
     "group-fpgm": "no weight of a convolution or linear layer produces or reads it",
+    "obdc": "no weight of a convolution or linear layer that received a gradient produces it",
 }
 
 
@@ -194,6 +211,13 @@ def layer_sides(program: Program) -> tuple[frozenset[tuple[str, int]], frozenset
             outputs.add((names[str(weight.target)], layer.outputs % rank))
             inputs.add((names[str(weight.target)], layer.inputs % rank))
     return frozenset(outputs), frozenset(inputs)
+
+
+def layer_biases(program: Program) -> frozenset[str]:
+    """Return the names of the biases of all convolutions and linear layers."""
+    names = first_names(program)
+    found = (bias_of(node) for node in program.nodes)
+    return frozenset(names[str(b.target)] for b in found if isinstance(b, Node) and b.op == "get_attr")
 
 
 def batch_norm_scales(program: Program) -> frozenset[str]:
@@ -220,5 +244,6 @@ __all__ = [
     "Criterion",
     "Scoring",
     "batch_norm_scales",
+    "layer_biases",
     "layer_sides",
 ]

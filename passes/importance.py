@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,11 @@ from .criteria import (
     UNJUDGED,
     Scoring,
     batch_norm_scales,
+    layer_biases,
     layer_sides,
 )
-from .reductions import NORMALISERS, REDUCTIONS
+from .reductions import Normaliser, Reduction, normaliser_of, reduction_of
+from .text import show_value
 
 
 class NotScoredError(PreconditionError):
@@ -70,6 +73,7 @@ def scoring_of(
         seed,
         gradients.losses,
         gradients.used,
+        layer_biases(program),
     )
 
 
@@ -95,7 +99,7 @@ class Scores:
 def score_groups(
     groups: Sequence[CouplingGroup],
     program: Program,
-    how: tuple[str, str, str, bool],
+    how: tuple[str, str | Reduction, str | Normaliser, bool],
     ctx: Context,
     seed: int = 0,
     threshold: Threshold | None = None,
@@ -149,18 +153,27 @@ def importance(
     group: CouplingGroup,
     scoring: Scoring,
     criterion: str,
-    reduction: str = "mean",
-    normaliser: str = "none",
+    reduction: str | Reduction = "mean",
+    normaliser: str | Normaliser = "none",
     include_bias: bool = False,
 ) -> Tensor:
     """Score every index of ``group``.
+
+    Args:
+        group: To be scored.
+        scoring: What ``criterion`` reads, as `scoring_of` gathers it.
+        criterion: One of `CRITERIA`.
+        reduction: One of `reductions.REDUCTIONS` or a function ``[members, size] -> [size]``.
+        normaliser: What `normaliser_of` takes: a name or a function ``[size] -> [size]``.
+        include_bias: Score one-dimensional biases too.
 
     Returns:
         ``[group.size]``, float64 on the CPU; higher matters more.
 
     Raises:
         NotScoredError: The criterion cannot judge any member of the group.
-        PreconditionError: The weights are on the meta device, or a score is not finite.
+        PreconditionError: The weights are on the meta device, a score is not finite, or a function of the caller's returns
+            something else than one score an index.
     """
     members = scored_members(group, include_bias)
     if criterion != "random" and any(scoring.tensors[m.name].is_meta for m in members):
@@ -172,8 +185,8 @@ def importance(
     if not scores:
         reason = UNJUDGED.get(criterion, "no member of it received a gradient")
         raise NotScoredError(f"{criterion} cannot score the group {group.name!r}: {reason}")
-    reduced = REDUCTIONS[reduction](torch.stack([s.double().cpu() for s in scores]))
-    result = NORMALISERS[normaliser](reduced)
+    reduced = _one_each(reduction_of(reduction)(torch.stack([s.double().cpu() for s in scores])), reduction, group)
+    result = _one_each(normaliser_of(normaliser)(reduced), normaliser, group)
     if not bool(torch.isfinite(result).all()):
         bad = [m.name for m in members if not bool(torch.isfinite(scoring.tensors[m.name]).all())]
         cause = (
@@ -184,3 +197,14 @@ def importance(
             "check the calibration batches, or leave the group out with ignore"
         )
     return result
+
+
+def _one_each(scores: Any, function: Any, group: CouplingGroup) -> Tensor:
+    """Return the scores as float64 on the CPU, if ``function`` gave one for each index of the group."""
+    if isinstance(scores, Tensor) and scores.shape == (group.size,) and not scores.is_complex():
+        return scores.detach().double().cpu()
+    got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    raise PreconditionError(
+        f"{show_value(function)} returned {got} for the group {group.name!r}; it must return one real score for each "
+        f"index, a tensor of the shape [{group.size}]"
+    )

@@ -11,13 +11,13 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..graph.errors import unknown as unknown
 from . import registry
-from .text import OptionError, default_of, show_value
+from .text import OptionError, default_of, qualified_name, show_value
 
 if TYPE_CHECKING:
     from .base import Pass
@@ -211,7 +211,8 @@ def type_text(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (Union, types.UnionType):
-        return " or ".join(type_text(a) for a in args)
+        # A function cannot be written down: what reads this can give the others.
+        return " or ".join(type_text(a) for a in args if get_origin(a) is not Callable)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a mapping of {_plural(args[0])} to {_plural(args[1])}"
     if origin is tuple and args[-1] is not Ellipsis:
@@ -233,17 +234,27 @@ def _got(value: Any) -> str:
 
 
 def plain(value: Any) -> dict[str, Any]:
-    """Return every option of a pass as plain data that `make` reads, defaults included."""
-    return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
+    """Return every option of a pass as plain data that `make` reads, defaults included.
+
+    Raises:
+        OptionError: One is a function, which only Python can give.
+    """
+    return {f.name: _plain(getattr(value, f.name), f.name) for f in fields(value) if f.init}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str) -> Any:
+    if callable(value):
+        raise OptionError(
+            f"{name} is the function {qualified_name(value)}, and recipes take names only: give one of the names, or "
+            "apply the pass with a Pipeline from Python",
+            (name,),
+        )
     if is_dataclass(value):
         return plain(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, name) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [_plain(item, name) for item in value]
     return value
 
 

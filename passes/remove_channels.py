@@ -27,7 +27,7 @@ from .criteria import CRITERIA
 from .group_ratios import HEAD_KINDS, GroupRatios
 from .importance import Scores, score_groups
 from .ranking import ROUNDINGS, Limits, global_widths, legal_width, local_widths, select
-from .reductions import NORMALISERS, REDUCTIONS
+from .reductions import Normaliser, Reduction, normaliser_of, reduction_of
 from .removal_result import GroupWidth, RemovalResult, members_of_classes, removal_stats
 from .targets import Target, quantity_of, solve, target_of
 
@@ -61,12 +61,15 @@ class RemoveChannels(Pass):
 
     Attributes:
         ratio: Fraction of the indices of channel and hidden groups to remove, of the width before the pass.
-        criterion: How a slice is scored: a key of `criteria.CRITERIA`. ``hessian`` and Taylor need calibration.
+        criterion: How a slice is scored: a key of `criteria.CRITERIA`. ``hessian``, ``obdc`` and Taylor need
+            calibration.
         scope: ``local`` (every group loses the same fraction), ``global`` (all indices compete) or ``isomorphic`` (the
             indices of groups that run through the same operators compete, arXiv 2407.04616).
-        reduction: How the members of a group are combined.
+        reduction: How the members of a group are combined: a key of `reductions.REDUCTIONS` or, from Python, a function
+            ``[members, size] -> [size]``.
         normaliser: How a group's scores are scaled before they compete. ``mean`` for a global scope compares indices
-            relative to their group; ``none`` compares them as they are.
+            relative to their group; ``none`` compares them as they are. A name that `reductions.normaliser_of` takes or,
+            from Python, a function ``[size] -> [size]``.
         head_ratio: Fraction of attention heads (key-value heads where queries share them) to remove.
         head_group_ratio: Fraction of the query heads of each key-value head to remove.
         head_dim_ratio: Fraction of the dimensions of each head, of queries and keys and of values, to remove.
@@ -94,8 +97,8 @@ class RemoveChannels(Pass):
     ratio: float = 0.5
     criterion: str = "magnitude-l2"
     scope: str = "local"
-    reduction: str = "mean"
-    normaliser: str = "mean"
+    reduction: str | Reduction = "mean"
+    normaliser: str | Normaliser = "mean"
     head_ratio: float = 0.0
     head_group_ratio: float = 0.0
     head_dim_ratio: float = 0.0
@@ -123,14 +126,13 @@ class RemoveChannels(Pass):
         _in_range("loss_threshold", self.loss_threshold, 0.0, 1.0, "[0, 1)", below=True)
         for name, known in (
             ("criterion", CRITERIA),
-            ("reduction", REDUCTIONS),
-            ("normaliser", NORMALISERS),
             ("scope", SCOPES),
             ("rounding", ROUNDINGS),
         ):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        _ = reduction_of(self.reduction), normaliser_of(self.normaliser)
         for name in ("min_width", "round_to", "steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")

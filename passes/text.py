@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def show_value(value: Any) -> str:
     if isinstance(value, str):
         bare = _WORD.fullmatch(value) and value.lower() not in _NAMES and not _NUMBER.fullmatch(value)
         return value if bare else _quoted(value)
+    if callable(value):
+        # From Python only: `parse` reads it back as text, which no option that takes a function does.
+        return _quoted(qualified_name(value))
     if is_dataclass(value) and not isinstance(value, type):
         return show_value({f.name: getattr(value, f.name) for f in fields(value) if f.init})
     if isinstance(value, Mapping):
@@ -60,6 +64,13 @@ def show_value(value: Any) -> str:
     if isinstance(value, Sequence):
         return "[" + ", ".join(map(show_value, value)) + "]"
     return repr(value)
+
+
+def qualified_name(function: Any) -> str:
+    """Return ``module:name`` of a function, of what a partial one calls, or of the class of a callable object."""
+    named = function.func if isinstance(function, partial) else function
+    named = named if hasattr(named, "__qualname__") else type(named)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -187,4 +198,4 @@ def default_of(f: Any) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else MISSING
 
 
-__all__ = ["OptionError", "Path", "default_of", "parse", "show", "show_value"]
+__all__ = ["OptionError", "Path", "default_of", "parse", "qualified_name", "show", "show_value"]

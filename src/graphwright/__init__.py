@@ -58,6 +58,7 @@ _WHERE = {
     "depgraph": "graph.depgraph",
     "export_onnx": "backends.onnx_export",
     "export_torchscript": "backends.torchscript",
+    "fisher_calibration": "passes.fisher",
     "group_lasso_gradients": "passes.sparse_training",
     "import_router": "passes.router_files",
     "layer_groups": "graph.layers",
@@ -135,6 +136,7 @@ if TYPE_CHECKING:
     from .passes.base import Skipped as Skipped
     from .passes.criteria import Scoring as Scoring
     from .passes.eliminate_dead_code import EliminateDeadCode as EliminateDeadCode
+    from .passes.fisher import fisher_calibration as fisher_calibration
     from .passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from .passes.insert_feature_cache import InsertFeatureCache as InsertFeatureCache
     from .passes.insert_layer_cache import InsertLayerCache as InsertLayerCache

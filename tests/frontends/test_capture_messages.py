@@ -111,3 +111,22 @@ def test_only_the_warning_about_restored_weight_lists_is_silent(keep: bool) -> N
     assert len(messages) == keep and all("self.last" in message for message in messages)
     for layer, before in zip(layers, lists, strict=True):
         assert all(a is b for a, b in zip(layer._flat_weights, before, strict=True))
+
+
+@pytest.mark.parametrize("dynamic", [None, {}])
+def test_an_error_of_the_models_own_is_not_hidden(dynamic: dict[str, Any] | None) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.tables = nn.Linear(5, 3), {"left": 1}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.tables["right"]
+
+    with pytest.raises(CaptureError, match="right") as caught:
+        capture(Broken(), (torch.ones(2, 5),), dynamic=dynamic)
+    causes, err = [], caught.value
+    while err is not None:
+        causes.append(type(err))
+        err = err.__cause__
+    assert KeyError in causes

@@ -6,6 +6,7 @@ Each test of the second kind first shows that its result is wrong, so that one s
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from graphwright.frontends.capture import capture
 from graphwright.graph.depgraph import depgraph
 from graphwright.graph.program import Program
+from graphwright.passes import criteria
 from graphwright.passes.base import Context, Pipeline
 from graphwright.passes.criteria import Scoring, layer_sides
+from graphwright.passes.fisher import fisher_calibration
 from graphwright.passes.importance import importance, scoring_of
 from graphwright.passes.remove_channels import RemoveChannels
 from graphwright.passes.sparse_training import BatchNormScale, group_lasso_gradients
@@ -106,7 +109,96 @@ def test_magnitude_and_lamp_remove_the_same_channels(criterion: str, options: di
         torch.testing.assert_close(tensors[name].detach(), parameter.detach(), msg=name)
 
 
+class Pooled(Net):
+    """Without a flattened reader, whose columns theirs compares one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.conv2(torch.relu(self.norm(self.conv1(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_fpgm_over_groups_differs_by_the_square_of_the_weights_alone(
+    scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def squared(scoring: Scoring, group: Any, members: Any) -> list[Tensor]:
+        tensors = {name: t.detach() ** 2 for name, t in scoring.tensors.items()}
+        return criteria.CRITERIA["group-fpgm"](replace(scoring, tensors=tensors), group, members)
+
+    monkeypatch.setitem(criteria.CRITERIA, "group-fpgm-squared", squared)
+    torch.manual_seed(0)
+    model = Pooled().eval()
+    program = capture(model, (X,))
+    found = {
+        criterion: Pipeline([RemoveChannels(ratio=0.5, scope=scope, criterion=criterion)])(program).program.parameters()
+        for criterion in ("group-fpgm-squared", "group-fpgm", "fpgm")
+    }
+    theirs(model, peer.importance.FPGMImportance(), pruning_ratio=0.5, global_pruning=scope == "global").step()
+
+    def same(criterion: str) -> bool:
+        pairs = [(found[criterion][name], p) for name, p in model.named_parameters()]
+        return all(a.shape == b.shape and torch.equal(a.detach(), b.detach()) for a, b in pairs)
+
+    assert width(model) < 16
+    assert same("group-fpgm-squared") and not same("group-fpgm") and not same("fpgm")
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 0.95])
+def test_a_sentinel_is_the_score_of_the_same_rank(fraction: float) -> None:
+    model = made(norm=False)
+    # Theirs adds 1e-8 to what it divides by.
+    theirs = peer.importance.MagnitudeImportance(normalizer=f"sentinel_{fraction}")(group_of(model, model.conv1, 16))
+    program = capture(model, (X,))
+    group = next(g for g in depgraph(program).groups if g.name == "conv1:channel")
+    ours = importance(group, Scoring(program.tensors()), "magnitude-l2", "mean", f"sentinel-{fraction}")
+    assert float(ours.sort().values[int(16 * fraction)]) == 1
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
+
+
+def fisher_factors(model: Any, scorer: Any) -> tuple[Tensor, Any]:
+    """Give their OBDC what it takes from hooks that it does not manage to set, of labels that our calibration draws."""
+    calibration = fisher_calibration([X], seed=5)
+    for layer in (model.conv1, model.conv2):
+        scorer.modules.append(layer)
+        layer.register_forward_pre_hook(scorer._save_input)
+        layer.register_full_backward_hook(scorer._save_grad_output)
+    calibration[0](model, calibration[1][0]).backward()
+    scorer.step()
+    return scorer.Fisher[model.conv1], calibration
+
+
+def test_obdc_without_biases_has_the_same_fisher_factors_and_scores() -> None:
+    model = made(norm=False)
+    model.conv1.bias = model.conv2.bias = None
+    scorer = peer.importance.OBDCImportance(normalizer=None, num_classes=5)
+    found, (loss, batches, split) = fisher_factors(model, scorer)
+    program = capture(model, (X,))
+    scoring = scoring_of(program, "obdc", Context(loss=loss, batches=batches, split=split))
+    # Theirs is the sum over the four samples of its one batch, ours the mean.
+    mean = scoring.squared_gradients["conv1.weight"].flatten(1)
+    torch.testing.assert_close(found / 4, mean, rtol=1e-3, atol=1e-5 * float(mean.max()))
+    scores = scorer(group_of(model, model.conv1, 16))
+    torch.testing.assert_close(ours(program, "obdc", scoring).float(), scores / 4, rtol=1e-3, atol=0)
+
+
 # ---------------------------------------------------------------------- where theirs is wrong
+
+
+def test_obdc_takes_layers_with_biases() -> None:
+    model = made(norm=False)
+    scorer = peer.importance.OBDCImportance(normalizer=None, num_classes=5)
+    with pytest.raises(TypeError):
+        scorer._prepare_model(model, theirs(model, scorer, pruning_ratio=0.5))
+    scorer._clear_buffer()
+    _, (loss, batches, split) = fisher_factors(model, scorer)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        scorer(group_of(model, model.conv1, 16))
+    step = RemoveChannels(criterion="obdc", ratio=0.5, include_bias=True)
+    result = Pipeline([step])(capture(made(norm=False), (X,)), Context(loss=loss, batches=batches, split=split))
+    assert result.program.parameters()["conv1.weight"].shape[0] == 8
 
 
 def test_batch_norm_counts_in_taylor_scores() -> None:
@@ -170,6 +262,14 @@ def test_the_largest_ratio_holds_in_one_shot() -> None:
     theirs(model, peer.importance.MagnitudeImportance(), pruning_ratio=0.6, max_pruning_ratio=0.3).step()
     assert width(model) == 6
     assert removed(made(), ratio=0.6, max_ratio=0.3) == 12
+
+
+def test_a_ratio_given_for_one_layer_is_what_goes_as_everywhere_else() -> None:
+    model = made()
+    pruner = theirs(model, peer.importance.MagnitudeImportance(), pruning_ratio=0.5)
+    pruner.manual_prune_width(model.conv1, peer.prune_conv_out_channels, 0.25)
+    assert width(model) == 4  # here its ratio is what stays
+    assert removed(made(), ratio=0, ratios={"conv1": 0.25}) == 12
 
 
 def test_a_width_rounded_to_a_multiple_is_never_zero() -> None:

@@ -14,10 +14,15 @@ from graphwright.frontends.capture import capture
 from graphwright.graph.depgraph import depgraph
 from graphwright.graph.errors import PreconditionError
 from graphwright.graph.program import Program
-from graphwright.passes.base import Context
+from graphwright.graph.resize import resize
+from graphwright.passes.base import Context, Pipeline
 from graphwright.passes.criteria import CRITERIA, Scoring
 from graphwright.passes.importance import NotScoredError, importance, is_bias, scoring_of
-from graphwright.passes.reductions import NORMALISERS, REDUCTIONS
+from graphwright.passes.options import OptionError, make, plain
+from graphwright.passes.reductions import NORMALISERS, REDUCTIONS, normaliser_of
+from graphwright.passes.remove_channels import RemoveChannels
+from graphwright.passes.text import parse
+from graphwright.tools.recipe_schema import Recipe
 
 WIDTH, CELLS = 5, 4
 
@@ -125,6 +130,16 @@ NORMALISE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     # N of the largest, N = half of the width rounded up.
     "top": lambda v: 3 * v / sum(sorted(v)[-3:]),
 }
+# Of five scores: the smallest, ranks int(5 x), the largest; and the mean of the largest alone, of two, of all.
+WITH_FRACTION: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sentinel-0": lambda v: v / sorted(v)[0],
+    "sentinel-0.39": lambda v: v / sorted(v)[1],
+    "sentinel-0.5": lambda v: v / sorted(v)[2],
+    "sentinel-0.999": lambda v: v / sorted(v)[4],
+    "top-0.1": lambda v: v / max(v),
+    "top-0.4": lambda v: 2 * v / sum(sorted(v)[-2:]),
+    "top-1": lambda v: v / v.mean(),
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +168,7 @@ def test_every_reduction_and_normaliser_equals_the_loops_with_a_flattened_consum
 
     assert members.min() > 0
     for reduction, reduce in REDUCE.items():
-        for normaliser, normalise in NORMALISE.items():
+        for normaliser, normalise in (NORMALISE | WITH_FRACTION).items():
             got = importance(group, scoring, criterion, reduction, normaliser)
             # The same sums of fewer than a hundred float64 numbers in another order.
             np.testing.assert_allclose(got.numpy(), normalise(reduce(members)), rtol=1e-10, err_msg=normaliser)
@@ -168,6 +183,67 @@ def test_taylor_counts_batch_norm_weights(setting: Any) -> None:
 
     total = sum(g["norm.weight"] for g in gradients(model, batches))
     torch.testing.assert_close(scores[0], (model.norm.weight.detach() * total).abs())
+
+
+class Streams(nn.Module):
+    """An axis with a position table, one norm of each kind, and a scale for each feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 2, 1)
+        self.table, self.scale = nn.Parameter(torch.ones(1, 6, 8)), nn.Parameter(torch.ones(8))
+        self.layer, self.rms = nn.LayerNorm(8), nn.RMSNorm(8)
+        self.group, self.batch = nn.GroupNorm(2, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.i(x).transpose(1, 2) + self.table
+        h = self.rms(self.layer(h)) * self.scale
+        return self.o(self.batch(self.group(h.transpose(1, 2))))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude-l2", "taylor", "hessian"])
+def test_every_parameter_that_carries_an_index_counts_norms_tables_and_scales_too(criterion: str) -> None:
+    model = made(Streams)
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    program = capture(model, (x,))
+    (group,) = depgraph(program).groups
+    loss(model, x).backward()
+    carried = [(p.detach(), p.grad) for n, p in model.named_parameters() if 8 in p.shape and not n.endswith("bias")]
+    biases = [(p.detach(), p.grad) for n, p in model.named_parameters() if 8 in p.shape and n.endswith("bias")]
+    assert len(carried) == 8 and len(biases) == 4
+    scoring = scoring_of(program, criterion, Context(loss=loss, batches=[x]))
+
+    def score(p: Tensor, grad: Any) -> Tensor:
+        each = {"magnitude-l2": p**2, "taylor": (p * grad).abs(), "hessian": (p * grad) ** 2}[criterion]
+        return each.movedim(p.shape.index(8), 0).flatten(1).sum(1) if p.dim() > 1 else each
+
+    wanted = sum(score(*pair) for pair in carried)
+    torch.testing.assert_close(importance(group, scoring, criterion, "sum"), wanted)
+    with_bias = sum((score(*pair) for pair in biases), wanted)
+    torch.testing.assert_close(importance(group, scoring, criterion, "sum", include_bias=True), with_bias)
+
+
+def test_scores_of_what_stays_are_those_of_its_positions_before() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, WIDTH), nn.Linear(4 + WIDTH, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.cat([self.a(x), self.b(x)], 1))
+
+    model = made(Joined)
+    program = capture(model, (torch.ones(2, 3, dtype=torch.float64),))
+
+    def scores() -> Tensor:
+        group = next(g for g in depgraph(program).groups if g.name == "b:hidden")
+        return importance(group, scoring_of(program, "magnitude-l1"), "magnitude-l1", "sum")
+
+    # The reader's columns of index k are 4 + k.
+    whole = model.b.weight.detach().abs().sum(1) + model.c.weight.detach().abs().sum(0)[4:]
+    torch.testing.assert_close(scores(), whole)
+    resize(program, {"b:hidden": [1, 3]})
+    torch.testing.assert_close(scores(), whole[[1, 3]])
 
 
 def test_fpgm_is_the_sum_of_distances_to_the_other_filters_unsquared_weights() -> None:
@@ -290,18 +366,84 @@ def test_what_counts_as_a_bias(name: str, bias: bool) -> None:
     assert is_bias(name) == bias
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("normaliser", [*NORMALISERS, *WITH_FRACTION])
 def test_normalisers_are_finite_for_equal_zero_and_single_scores(normaliser: str) -> None:
     for scores in (torch.ones(4), torch.zeros(4), torch.ones(1), torch.zeros(1)):
-        assert torch.isfinite(NORMALISERS[normaliser](scores)).all()
+        assert torch.isfinite(normaliser_of(normaliser)(scores)).all()
 
 
-@pytest.mark.parametrize("normaliser", ["sum", "mean", "max", "median", "standardise", "gaussian", "lamp", "top"])
+@pytest.mark.parametrize("normaliser", sorted({*NORMALISERS, *WITH_FRACTION} - {"none"}))
 def test_normalised_scores_do_not_depend_on_the_scale_of_the_gradients(normaliser: str) -> None:
     scores = torch.tensor([0.3, 1.0, 0.1, 2.0, 0.7], dtype=torch.float64)
     # A power of two scales without rounding.
-    small = NORMALISERS[normaliser](scores * 2.0**-60)
-    torch.testing.assert_close(small, NORMALISERS[normaliser](scores), rtol=1e-12, atol=0)
+    small = normaliser_of(normaliser)(scores * 2.0**-60)
+    torch.testing.assert_close(small, normaliser_of(normaliser)(scores), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normaliser": "sentinel-1"}, r"normaliser sentinel takes a fraction in \[0, 1\), got 'sentinel-1'"),
+        ({"normaliser": "top-0"}, r"normaliser top takes a fraction in \(0, 1\], got 'top-0'"),
+        ({"normaliser": "sentinel"}, "normaliser must be one of none, .*, sentinel-FRACTION, .*got 'sentinel'"),
+        ({"reduction": "least"}, "reduction must be one of sum, .*, or a function given from Python, got 'least'"),
+        ({"reduction": 3}, "reduction must be one of .* got 3"),
+        ({"normaliser": ["mean"]}, r"normaliser must be one of .* got \['mean'\]"),
+    ],
+)
+def test_an_unknown_reduction_or_normaliser_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RemoveChannels(**options)
+
+
+# ---------------------------------------------------------------------- functions of the caller's
+
+
+def strongest_two(scores: Tensor) -> Tensor:
+    return scores.topk(2, dim=0).values.sum(0)
+
+
+def squared(scores: Tensor) -> Tensor:
+    return scores**2
+
+
+def test_functions_reduce_and_normalise_and_the_record_says_which(setting: Any) -> None:
+    _, program, _, _ = setting
+    (group,) = depgraph(program).groups
+    scoring = scoring_of(program, "magnitude-l1")
+    members = torch.stack(CRITERIA["magnitude-l1"](scoring, group, [m for m in group.parameters if m.name[-1] == "t"]))
+    assert members.shape == (3, WIDTH)
+    wanted = (members.sum(0) - members.amin(0)) ** 2
+    torch.testing.assert_close(importance(group, scoring, "magnitude-l1", strongest_two, squared), wanted)
+
+    step = RemoveChannels(ratio=0.4, criterion="magnitude-l1", reduction=strongest_two, normaliser=squared)
+    result = Pipeline([step])(program)
+    kept = sorted(wanted.argsort(descending=True)[:3].tolist())
+    assert list(result.removal.groups[group.name].kept) == kept
+    assert f'reduction="{__name__}:strongest_two", normaliser="{__name__}:squared"' in result.records[0].text
+
+
+@pytest.mark.parametrize(
+    ("function", "got"), [(lambda s: s[:2], r"\[2\]"), (lambda s: 1.0, "float"), (lambda s: s[None], r"\[1, 5\]")]
+)
+def test_a_function_that_does_not_give_one_score_an_index_is_refused(function: Any, got: str, setting: Any) -> None:
+    message = rf"<lambda>\" returned {got} for the group 'conv:channel'; it must return .* of the shape \[5\]"
+    with pytest.raises(PreconditionError, match=message):
+        Pipeline([RemoveChannels(normaliser=function)])(setting[1])
+
+
+def test_recipes_take_names_only() -> None:
+    step = RemoveChannels(normaliser=squared)
+    message = f"normaliser is the function {__name__}:squared, and recipes take names only: give one of the names, or"
+    with pytest.raises(OptionError, match=message):
+        plain(step)
+    with pytest.raises(OptionError, match=message):
+        Recipe(model="m", passes=(step,)).to_yaml()
+    # Nor is the name of a function looked up.
+    with pytest.raises(OptionError, match="normaliser must be one of none, .* a function given from Python, got"):
+        make(*parse(str(step)))
+    assert make("remove-channels", {"normaliser": "sentinel-0.25"}) == RemoveChannels(normaliser="sentinel-0.25")
+    assert make(*parse("remove-channels{normaliser=top-0.1}")) == RemoveChannels(normaliser="top-0.1")
 
 
 def test_half_precision_weights_are_squared_in_float32() -> None:

@@ -131,6 +131,25 @@ def test_the_result_lists_who_competed_and_classes_of_one() -> None:
     assert isinstance(result, RemovalResult) and result.classes == () and "classes" not in result.stats
 
 
+def test_a_layer_that_stays_whole_is_listed_with_the_reason() -> None:
+    model = TwoKinds((12, 12, 8, 8))
+    with torch.no_grad():
+        for p in model.plain[1].parameters():
+            p.mul_(0.01)
+    step = RemoveChannels(scope="isomorphic", ratio=0.25, reduction="sum", normaliser="none")
+    result = Pipeline([step])(capture(model, (torch.randn(2, 6),))).records[0].result
+    assert isinstance(result, RemovalResult)
+    assert {w.group: w.after for w in result.widths if w.group.startswith("plain")} == {
+        "plain.0.0:hidden": 12,
+        "plain.1.0:hidden": 6,
+    }
+    (whole,) = [s for s in result.skipped if s.site.startswith("plain")]
+    assert (whole.site, whole.reason) == (
+        "plain.0.0:hidden",
+        "no index of it is among the least important of its scope",
+    )
+
+
 def test_no_seed_leaves_an_attention_without_heads() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.DeiTConfig(

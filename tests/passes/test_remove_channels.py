@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -168,6 +170,26 @@ def test_no_group_is_emptied_even_at_the_highest_ratio(scope: str) -> None:
     program, result = removed(mlp(4, 16, 3, 2), noise(2, 4), ratio=0.999, scope=scope)
     assert set(widths(result).values()) <= {1, 2, 3, 16} and min(widths(result).values()) >= 1
     assert program(noise(2, 4)).shape == (2, 2)
+
+
+def test_a_group_that_would_vanish_keeps_one_index_and_the_report_says_what_was_wanted() -> None:
+    _, result = removed(mlp(4, 16, 3, 2), noise(2, 4), ratio=0.95)
+    narrow = next(w for w in result.widths if w.before == 3)
+    assert narrow.after == 1 and narrow.wanted == pytest.approx(0.15)
+    _, result = removed(mlp(4, 16, 3, 2), noise(2, 4), ratio=0.95, min_width=3)
+    (skipped,) = [s for s in result.skipped if s.site == narrow.group]
+    assert skipped.reason.startswith("3 of 3 stay where 0.15 were wanted") and "min_width 3" in skipped.reason
+
+
+def test_a_model_is_let_go_after_a_removal() -> None:
+    model = mlp(4, 16, 3)
+    alive = weakref.ref(model), weakref.ref(model[0].weight)
+    assert widths(removed(model, noise(2, 4))[1]) == {"0:hidden": 8}
+    assert RemoveChannels().ratios is not RemoveChannels().ratios
+    del model
+    capture(mlp(4, 5, 3), (noise(2, 4),))  # torch itself holds on to the last graph that it exported
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
 
 
 def test_round_to_never_gives_zero() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from graphwright.graph.cost import parameter_count
 from graphwright.graph.depgraph import depgraph
 from graphwright.graph.errors import PreconditionError
 from graphwright.graph.oracle import masked_outputs, masked_parameters
+from graphwright.graph.resize import RemovalRecord
 from graphwright.passes import options
 from graphwright.passes.base import Context, Pipeline
 from graphwright.passes.remove_channels import RemoveChannels
@@ -129,6 +132,72 @@ def test_new_parameters_have_memory_of_their_own() -> None:
     with torch.no_grad():
         done.output.tensors()["0.weight"].zero_()
     assert torch.equal(model[0].weight, before)
+
+
+def test_the_record_names_every_cut_slice_and_replays_on_a_checkpoint_after_a_file() -> None:
+    model = filled(TiedLanguageModel())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    ids = torch.arange(8).view(2, 4)
+    result = Pipeline([RemoveChannels(ratio=0.3), RemoveChannels(ratio=0.3)])(capture(model, (ids,)))
+    record = RemovalRecord.from_json(json.loads(json.dumps(result.removal.to_json())))
+    left = result.program.tensors()
+    # Both sides of every weight and the norms of the table's two names: roots alone would leave the readers whole.
+    cut = {(name, dim) for name, dims in record.tensors.items() for dim in dims}
+    assert cut == {(n, d) for n, t in left.items() for d in range(t.dim()) if t.shape[d] != before[n].shape[d]}
+    assert {("table.weight", 1), ("head.weight", 1), ("up.weight", 1), ("down.weight", 0)} <= cut
+    for name, tensor in before.items():
+        assert torch.equal(record.apply(name, tensor), left[name]), name
+
+
+def test_the_state_of_an_optimiser_is_cut_by_the_record_and_goes_on() -> None:
+    """Training what was masked, with its state masked too, is training what was cut, with its state cut."""
+    x, y = noise(16, 4), noise(16, 2, seed=9)
+    model = filled(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)))
+
+    def train(module: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (module(x) - y).square().mean().backward()
+            optimizer.step()
+
+    whole = torch.optim.Adam(model.parameters(), 1e-2)
+    train(model, whole, 5)
+    result = Pipeline([RemoveChannels(ratio=0.5)])(capture(model, (x,)))
+    # Copies: what is not cut is the caller's own tensor still.
+    smaller, record, names = (
+        copy.deepcopy(result.program.module()),
+        result.removal,
+        [n for n, _ in model.named_parameters()],
+    )
+    state = whole.state_dict()
+    for i, name in enumerate(names):
+        entry = state["state"][i]
+        state["state"][i] = {k: (record.apply(name, t) if t.dim() else t).clone() for k, t in entry.items()}
+    found = dict(smaller.named_parameters())
+    assert list(found) == names and found["0.weight"].shape == (4, 4)
+    with torch.no_grad():
+        for name, masked in masked_parameters(model, record).items():
+            p = model.get_parameter(name)
+            gone = masked == 0
+            assert int(gone.sum()) == p.numel() // 2
+            p.copy_(masked)
+            for key in ("exp_avg", "exp_avg_sq"):
+                whole.state[p][key][gone] = 0
+    cut = torch.optim.Adam(smaller.parameters(), 1e-2)
+    cut.load_state_dict(state)
+    train(model, whole, 5)
+    train(smaller, cut, 5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(record.apply(name, p.detach()), found[name].detach(), **EXACT)
+
+
+def test_sizes_are_those_of_the_weights_and_not_of_attributes() -> None:
+    model = filled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    model[0].out_channels, model[2].in_channels = 99, 7
+    program = capture(model, (noise(2, 3, 4, 4),))
+    assert [(g.name, g.size) for g in depgraph(program).groups] == [("0:channel", 8)]
+    smaller = Pipeline([RemoveChannels(ratio=0.5)])(program).program
+    assert smaller.tensors()["2.weight"].shape == (2, 4, 1, 1)
 
 
 @pytest.mark.parametrize(("build", "x"), [(TiedLanguageModel, torch.arange(8).view(2, 4)), (Frozen, noise(3, 4))])

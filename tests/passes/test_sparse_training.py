@@ -135,6 +135,26 @@ def test_one_sparse_step_shrinks_all_coupled_slices_by_the_same_factor() -> None
         torch.testing.assert_close(ratio, per_index.reshape(shape).expand_as(ratio))
 
 
+def test_layers_behind_a_grouped_convolution_are_shrunk_as_any_other() -> None:
+    layers = (
+        nn.Conv2d(3, 8, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 1, groups=4),
+        nn.ReLU(),
+        nn.Conv2d(12, 10, 1),
+        nn.Conv2d(10, 2, 1),
+    )
+    model = filled(nn.Sequential(*layers))
+    graph, scoring = analysed(model)
+    got = group_lasso_gradients(graph, scoring, 1.0)
+    # The last group lies behind the grouped one: what it adds to the last layer is all that this layer gets.
+    last = next(g for g in graph.groups if any(m.name == "5.weight" for m in g.members))
+    gamma = shrinkage_strengths(group_importance(last, scoring))
+    assert last.size == 10 and float(gamma.amax()) == pytest.approx(16) and float(gamma.amin()) == pytest.approx(1)
+    torch.testing.assert_close(got["5.weight"], gamma.view(1, 10, 1, 1) * model[5].weight.detach())
+    assert {name.partition(".")[0] for name in got} == {"0", "2", "4", "5"}
+
+
 def test_repeated_steps_separate_the_indices_of_a_group() -> None:
     model = chain()
     graph, scoring = analysed(model)

@@ -1,6 +1,7 @@
 """The text form of passes: what is printed is read back, and what is wrong is shown where."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -67,6 +68,27 @@ def test_a_pass_is_read_back_from_its_text(step: Pass) -> None:
     assert make(*parse(show(step))) == step
     # The form that pipelines put into records and error notes is read as well.
     assert make(*parse(str(step))) == step
+
+
+class Halves:
+    def __call__(self, scores: object) -> object:
+        return scores
+
+    def half(self, scores: object) -> object:
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (show_value, "graphwright.passes.text:show_value"),
+        (partial(show_value, 3), "graphwright.passes.text:show_value"),
+        (Halves(), f"{__name__}:Halves"),
+        (Halves().half, f"{__name__}:Halves.half"),
+    ],
+)
+def test_a_function_is_shown_by_its_name_and_read_back_as_text(function: object, name: str) -> None:
+    assert parse(show(Anything(value=function))) == ("anything", {"value": name})
 
 
 def test_spaces_and_a_trailing_comma_mean_nothing() -> None:

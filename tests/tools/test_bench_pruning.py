@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from graphwright.tools.bench import diffusion_pruning, pruning, pruning_subjects
+from graphwright.tools.bench import diffusion_pruning, pruning, pruning_peer, pruning_subjects
 from graphwright.tools.bench.pruning_models import (
     Crepe,
     DigitViT,
@@ -109,3 +109,33 @@ def test_a_diffusion_model_is_judged_before_and_after_fine_tuning(
         assert 0 < row["after"]["ssim"] < 1 and all(math.isfinite(v) for v in row["after"].values())
     lines: list[list[Any]] = diffusion_pruning.summary([dense, random, ours])
     assert [line[0] for line in lines] == ["dense", "random", "Diff-Pruning, threshold 0.05"]
+
+
+def test_the_same_criterion_by_both_is_compared_seed_by_seed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch_pruning")
+    monkeypatch.setattr(pruning_subjects, "RESNET", replace(pruning_subjects.RESNET, steps=20))
+    file = tmp_path / "rows.json"
+    command = ["--subjects", "resnet", "--seeds", "2", "--criteria", "magnitude-l2,fpgm", "--no-recovery"]
+    assert pruning_peer.main([*command, "--out", str(file), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["criterion"], r["scope"]) for r in rows[:4]] == [
+        (criterion, scope) for criterion in ("magnitude-l2", "fpgm") for scope in ("local", "global")
+    ]
+    assert len(rows) == 8 and all(r["ours"] == r["theirs"] for r in rows if r["criterion"] == "magnitude-l2")
+    assert all(set(r["ours"]) == {"mac_ratio", "after_removal"} for r in rows)
+    assert pruning_peer.main([*command, "--out", str(file)]) == 0
+    assert "ours - theirs" in (table := capsys.readouterr().out) and "+0.0 ± 0.0" in table
+    lines = {tuple(line[:2]): line for line in pruning_peer.summary(rows)}
+    pairs = [
+        100 * (r["ours"]["after_removal"] - r["theirs"]["after_removal"]) for r in rows if r["criterion"] == "fpgm"
+    ]
+    mean, error = (pairs[0] + pairs[2]) / 2, abs(pairs[0] - pairs[2]) / 2
+    assert lines["fpgm", "local"][-1] == f"{mean:+.1f} ± {error:.1f}"
+
+
+def test_an_unknown_criterion_of_both_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pruning_peer.main(["--criteria", "fgpm"])
+    assert "there is no criterion fgpm; known: random, " in capsys.readouterr().err

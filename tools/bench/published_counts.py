@@ -1,6 +1,7 @@
 """``graphwright bench published-counts``: sizes of published pruned networks, from their configurations alone.
 
     graphwright bench published-counts [--json]
+    graphwright bench published-counts --tilted [--json]        pairs that need real scores (`published_tilt`)
 
 Every network is built from its configuration and pruned at the published ratios. Scores are random: which channels go does
 not matter, how many does. Where groups compete the counts depend on the scores; those rows say so, and give the range over
@@ -26,6 +27,7 @@ from ...passes.remove_channels import RemoveChannels
 from .. import render
 from .published_macs import printed_macs
 from .published_networks import CUT, NETWORKS, Network, Setting
+from .published_tilt import tilted
 
 
 @dataclass
@@ -99,7 +101,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="graphwright bench published-counts", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one object a row")
+    parser.add_argument(
+        "--tilted", action="store_true", help="raise later stages' scores to the published MACs instead"
+    )
     options = parser.parse_args(argv)
+    if options.tilted:
+        return _tilted(options.json)
     found = []
     for row in rows():
         found.append(row)
@@ -123,6 +130,19 @@ def main(argv: list[str] | None = None) -> int:
         ]
         headers = ["source", "network", "setting", "", "published", "ours", "equal", "ratio", ""]
         render.print_table("", headers, table, right=(4, 5, 7))
+    return 0
+
+
+def _tilted(as_json: bool) -> int:
+    found = []
+    for row in tilted():
+        found.append(row)
+        print(f"{row['network']} {row['setting']}", file=sys.stderr)
+        if as_json:
+            print(json.dumps(row), flush=True)
+    if not as_json:
+        headers = list(found[0])
+        render.print_table("", headers, [list(row.values()) for row in found], right=tuple(range(2, len(headers))))
     return 0
 
 
