@@ -33,6 +33,7 @@ class Setting:
         macs: As printed, in 10^9; empty if not printed.
         note: Why it cannot be equal, or how it is.
         seeds: Of random scores, where the counts depend on them.
+        blocks: Of `RemoveBlocks`, which then comes after `RemoveChannels`; None takes none away.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Setting:
     macs: str = ""
     note: str = ""
     seeds: int = 1
+    blocks: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def _isomorphic(ratio: float, heads: float = 0.0, head_dims: float = 0.0) -> dic
 BY_SCORES = "real scores move channels between the stages of a class; they need the published weights"
 CUT = "printed cut, not rounded"
 SEEDS = 20
+# The blocks of ConvNeXt's third stage, 27 in the base size.
+STAGE_3 = "convnext.encoder.stages.2"
 IMAGE = (1, 3, 224, 224)
 
 
@@ -232,7 +236,10 @@ NETWORKS: tuple[Network, ...] = (
             hidden_sizes=[128, 256, 512, 1024],
         ),
         IMAGE,
-        (Setting("8.5G", _isomorphic(0.26), "47.36", "8.48", BY_SCORES, 3),),
+        (
+            Setting("8.5G", _isomorphic(0.26), "47.36", "8.48", BY_SCORES, 3),
+            Setting("4.2G", _isomorphic(0.25), "25.32", "4.19", BY_SCORES, 3, {"blocks": (STAGE_3,), "count": 18}),
+        ),
     ),
     Network(
         ISOMORPHIC,
