@@ -214,8 +214,11 @@ class _Search:
     def _block(self, number: int, call: Call, inside: tuple[int, ...]) -> ResidualBlock:
         joins = tuple(self.joins[i] for i in inside)
         cut = self.cut(join.branch for join in joins)
-        kept = [n for join in joins for n in sorted(join.layers, key=self.flow.order.__getitem__) if n not in cut.gone]
-        if not cut.refused and kept:
+        layers = {n for join in joins for n in join.layers} & self.live
+        kept = sorted(layers - cut.gone, key=self.flow.order.__getitem__)
+        if not cut.refused and not cut.left:
+            cut = Cut(refused="no result depends on it; eliminate-dead-code erases it")
+        elif not cut.refused and kept:
             cut = Cut(refused=f"others need layers of it, {where(kept[0])} first")
         name = (self.modules[call][0] if call else joins[0].module) or self.program.name
         kinds = tuple(dict.fromkeys(join.kind for join in joins))

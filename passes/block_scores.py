@@ -22,6 +22,7 @@ from ..graph.rewriter import Rewriter
 from .base import Context
 from .importance import NotScoredError, importance, scoring_of
 from .reductions import REDUCTIONS
+from .slices import wide
 from .watched import calibration_values
 
 INFLUENCE = "influence"
@@ -50,9 +51,7 @@ def influences(program: Program, blocks: Sequence[ResidualBlock], ctx: Context) 
     sums, positions = [0.0] * len(ends), [0] * len(ends)
     for values in calibration_values(work, [name for before, after, _ in ends for name in (before, after)], ctx):
         for i, (_, _, dim) in enumerate(ends):
-            before, after = (
-                values[2 * i + side].to(torch.promote_types(torch.float32, values[0].dtype)) for side in (0, 1)
-            )
+            before, after = wide(values[2 * i]), wide(values[2 * i + 1])
             cosine = torch.nn.functional.cosine_similarity(before, after, dim)
             sums[i] += float(cosine.double().sum())
             positions[i] += cosine.numel()

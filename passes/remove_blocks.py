@@ -127,8 +127,9 @@ class RemoveBlocks(Pass):
         }
         refused = [Skipped(block.name, block.cut.refused) for block in wanted if block.cut.refused]
         others = [Skipped(name, reason) for name, reason in found.others.items() if self._matches_any((name,))]
+        gone = {block.number for block in chosen}
         fates = tuple(
-            BlockFate(block.number, block.name, block.kinds, block in chosen, scores.get(block.number))
+            BlockFate(block.number, block.name, block.kinds, block.number in gone, scores.get(block.number))
             for block in found.blocks
         )
         return BlockResult(bool(chosen), stats, (*refused, *others), blocks=fates)

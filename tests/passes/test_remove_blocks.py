@@ -254,7 +254,7 @@ SITES: dict[str, Callable[[Any, Tensor], Any]] = {
     "gated": lambda m, x: m.f2(torch.addcmul(x, m.f1(x), m.f0.bias)),
     "added twice": lambda m, x: [(lambda b: m.f2(x + b) * (m.f0(x) + b))(m.f1(x))][0],
     "another dtype": lambda m, x: m.f2(x.to(torch.bfloat16) + m.f1(x)),
-    "returned stream": lambda m, x: x.relu() + m.f1(x.relu()),
+    "returned stream": lambda m, x: [h + m.f1(h) for h in [x.relu()]],
     "written later": written_later,
     "stream written later": stream_written_later,
     "in place into the branch": into_the_branch,
