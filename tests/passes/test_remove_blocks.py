@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.graph.errors import PreconditionError, WriteBackError
-from graphwright.graph.program import Program
+from graphwright.graph.program import Program, tensor_identity
 from graphwright.passes.base import fingerprint
 from graphwright.passes.remove_blocks import RemoveBlocks
 from graphwright.tools.zoo import ZOO
@@ -91,7 +91,9 @@ def test_a_removed_block_is_the_model_with_its_branches_zero(name: str) -> None:
 
     stats = result.records[0].result.stats
     own = {n for n, _ in case.model.get_submodule(block).named_parameters() if not any(s in n for s in staying)}
-    gone = set(program.parameters()) - set(result.program.parameters())
+    # By identity, since a second name of a tied tensor that nothing reads goes as dead code.
+    kept = {tensor_identity(t) for t in result.program.parameters().values()}
+    gone = {n for n, t in program.parameters().items() if tensor_identity(t) not in kept}
     assert gone == {f"{block}.{n}" for n in own} & set(program.parameters())
     size = sum(program.parameters()[n].numel() for n in gone)
     assert stats["parameters_before"] - stats["parameters_after"] == size > 0
@@ -269,7 +271,8 @@ def test_an_addition_becomes_the_operand_that_is_no_branch(site: str) -> None:
     program = gw.capture(model, (x,))
     result = removed(program, ratio=1.0, unit="branch")
     assert result.records[0].result.stats["branches_removed"] == 1
-    got, whole = tensors(result.program(x)), tensors(program(x))
+    with torch.no_grad():
+        got, whole = tensors(result.program(x)), tensors(program(x))
     assert torch.equal(x, X)
     assert_equal(got, with_zeros(model, ["f1"], (X.clone(),)), whole)
     assert not any(name.startswith("f1.") for name in result.program.tensors())
