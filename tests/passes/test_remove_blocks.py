@@ -35,12 +35,13 @@ def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+def _zeros(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return torch.zeros_like(output)
+
+
 def with_zeros(model: nn.Module, modules: Sequence[str], args: Any, kwargs: Any = None) -> list[Tensor]:
     """Return what ``model`` computes when the results of ``modules`` are zero."""
-    hooks = [
-        model.get_submodule(name).register_forward_hook(lambda _module, _inputs, out: torch.zeros_like(out))
-        for name in modules
-    ]
+    hooks = [model.get_submodule(name).register_forward_hook(_zeros) for name in modules]
     try:
         with torch.no_grad():
             return tensors(model(*args, **(kwargs or {})))
@@ -172,9 +173,10 @@ def test_the_others_keep_their_order(stack) -> None:
 
 def test_removing_nothing_is_the_identity(stack) -> None:
     _, program = stack
-    for options in ({"count": 0}, {"ratio": 0.0}, {"blocks": ("blocks",), "ratio": 0.2}):
+    steps = RemoveBlocks(count=0), RemoveBlocks(ratio=0.0), RemoveBlocks(blocks=("blocks",), ratio=0.2)
+    for step in steps:
         copy = program.copy()
-        result = RemoveBlocks(**options)(copy)
+        result = step(copy)
         assert not result.modified and fingerprint(copy) == fingerprint(program)
 
 
@@ -427,7 +429,7 @@ def context() -> gw.Context:
 
 
 def scores(program: Program, **options: Any) -> list[float]:
-    result = gw.Pipeline([RemoveBlocks(count=2, **options)])(program, context()).records[0].result
+    result: Any = gw.Pipeline([RemoveBlocks(count=2, **options)])(program, context()).records[0].result
     found = [fate.score for fate in result.blocks]
     lowest = sorted(range(len(found)), key=lambda i: found[i])[:2]
     assert sorted(lowest) == [fate.number for fate in result.blocks if fate.removed]
@@ -470,8 +472,9 @@ def test_influence_on_pictures_is_of_the_channels_and_of_values_before_they_are_
             after = unit.conv(x) + x
             want.append(1 - float(nn.functional.cosine_similarity(x, after, 1).mean()))
             x = after.relu()
-    result = gw.Pipeline([RemoveBlocks(count=1)])(gw.capture(model, (PICTURE,)), gw.Context(loss, [PICTURE]))
-    assert [f.score for f in result.records[0].result.blocks] == pytest.approx(want, rel=1e-4)
+    done = gw.Pipeline([RemoveBlocks(count=1)])(gw.capture(model, (PICTURE,)), gw.Context(loss, [PICTURE]))
+    result: Any = done.records[0].result
+    assert [f.score for f in result.blocks] == pytest.approx(want, rel=1e-4)
 
 
 def test_taylor_is_the_published_mean_of_means(stack) -> None:
