@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph.dataflow import dataflow
 from ..graph.depgraph import depgraph
 from ..graph.errors import ArtifactError, PreconditionError, WriteBackError, first_line
 from ..graph.program import Program
@@ -101,7 +102,8 @@ def write_back(
 
     Raises:
         PreconditionError: Program, record and module do not belong together, or the weights are on ``meta``.
-        WriteBackError: No choice of attributes makes the module compute what the program computes.
+        WriteBackError: No choice of attributes makes the module compute what the program computes, or the program lacks
+            layers that the module's ``forward`` would still compute.
     """
     program, removal, passes = _parts(result, record)
     if any(t.is_meta for t in model.parameters()):
@@ -114,6 +116,7 @@ def write_back(
         if spec.is_tensor
     }
     original = capture(model, args, kwargs, {name: dims for name, dims in dynamic.items() if dims})
+    _require_all_layers(original, program)
     graph = depgraph(original)
     settled = Settler(model, work, program, graph, SizeChanges(graph, removal), removal).settle()
     inputs, note = _inputs(args, kwargs)
@@ -180,6 +183,18 @@ def _parts(result: Any, record: RemovalRecord | None) -> tuple[Program, RemovalR
         raise PreconditionError("write_back needs the removal record: pass what resize returned as the third argument")
     passes = tuple(str(getattr(r, "text", r)) for r in getattr(result, "records", ()))
     return program, removal, passes
+
+
+def _require_all_layers(original: Program, program: Program) -> None:
+    """Raise unless the program still reads every parameter that results of the module depend on."""
+    live = {str(node.target) for node in dataflow(original).live() if node.op == "get_attr"}
+    if gone := sorted(live & set(original.parameters()) - set(program.tensors())):
+        others = f" and {len(gone) - 1} other parameters" if len(gone) > 1 else ""
+        raise WriteBackError(
+            f"{original.name} computes with '{gone[0]}'{others}, which the program does without: a pass took layers away "
+            "or merged them (remove-blocks, fold-batch-norm), and forward would still call them; use program.module(), "
+            "or write back what the passes before it left"
+        )
 
 
 def _inputs(args: Any, kwargs: Any) -> tuple[Any, str]:

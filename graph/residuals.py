@@ -41,6 +41,7 @@ class ResidualJoin:
             can be kept from an earlier evaluation while the gate is new.
         kind: ``attention`` if activations are multiplied with each other in the branch, else ``mlp``.
         module: Fully qualified name of the module that computed the branch, for reports.
+        layers: The heavy nodes on the ways from the stream to the branch.
     """
 
     node: Node
@@ -48,6 +49,7 @@ class ResidualJoin:
     branch: Node
     kind: str
     module: str
+    layers: frozenset[Node]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class _Search:
             own = self.heavy & join.region - frozenset().union(*(other.region for other in inner))
             if own and not any(other.stream in join.region for other in inner):
                 kind = "attention" if own & self.products else "mlp"
-                kept.append(ResidualJoin(join.node, join.stream, join.branch, kind, module_path(join.branch)[0]))
+                module, layers = module_path(join.branch)[0], self.heavy & join.region
+                kept.append(ResidualJoin(join.node, join.stream, join.branch, kind, module, frozenset(layers)))
         return tuple(kept)
 
     def _at(self, node: Node) -> Iterator[_Found]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..graph.errors import PreconditionError
 from ..graph.operators import is_convolution, layer_of, weight_of
 from ..graph.program import Program
 from .base import Context
 from .criteria import first_names
-from .watched import Watched
+from .watched import calibration_values
 
 
 def activation_means(program: Program, ctx: Context) -> dict[tuple[str, int], Tensor]:
@@ -26,23 +22,12 @@ def activation_means(program: Program, ctx: Context) -> dict[tuple[str, int], Te
     Raises:
         PreconditionError: There is no loss that calls the program, or no batch.
     """
-    if ctx.loss is None or not ctx.batches:
-        raise PreconditionError("activations need calibration: give Context(loss=..., batches=[...])")
-    loss: Any = ctx.loss
     read = _reads(program)
-    watched = Watched(program, [node.name for node, _ in read.values()])
     totals: dict[tuple[str, int], Tensor] = {}
-    for i, batch in enumerate(ctx.batches):
-        with torch.no_grad():
-            loss(watched, batch)
-        if not watched.calls:
-            raise PreconditionError("the calibration loss does not call the program that it is given")
-        for _, _, values in watched.calls:
-            for (key, (_, dim)), value in zip(read.items(), values, strict=True):
-                mean = value.abs().double().movedim(dim, 0).flatten(1).mean(1)
-                totals[key] = totals[key] + mean if key in totals else mean
-        watched.calls.clear()
-        ctx.report("calibration", i + 1, len(ctx.batches))
+    for values in calibration_values(program, [node.name for node, _ in read.values()], ctx):
+        for (key, (_, dim)), value in zip(read.items(), values, strict=True):
+            mean = value.abs().double().movedim(dim, 0).flatten(1).mean(1)
+            totals[key] = totals[key] + mean if key in totals else mean
     return totals
 
 

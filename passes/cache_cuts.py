@@ -14,7 +14,7 @@ from ..graph.plan import Stage
 from ..graph.program import Program
 from ..graph.rewriter import Rewriter
 from ..graph.schedules import REFRESH
-from .unread import drop_unread
+from .unread import erase_unseen
 
 aten = torch.ops.aten
 
@@ -119,19 +119,8 @@ def _take(program: Program, rule: str, cuts: Mapping[str, str]) -> None:
         # The register is the caller's, and the next evaluation reads it again.
         own = rewriter.call(aten.clone.default, kept, origin=min(kept.users, key=flow.order.__getitem__))
         kept.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
-    _erase_dead(program)
+    erase_unseen(program)
     program.changed()
-
-
-def _erase_dead(program: Program) -> None:
-    """Erase what no result depends on, operators in place among it, and drop the tensors that only it read."""
-    gm = program.graph_module
-    live = dataflow(program).live()
-    for node in reversed(list(gm.graph.nodes)):
-        if node not in live and node.op != "placeholder":
-            gm.graph.erase_node(node)
-    gm.delete_all_unused_submodules()
-    drop_unread(gm)
 
 
 def _give(program: Program, rule: str, flow: Dataflow, cuts: Mapping[str, Node]) -> None:

@@ -19,6 +19,7 @@ BUILTIN = {
     "insert-feature-cache": "graphwright.passes.insert_feature_cache:InsertFeatureCache",
     "insert-layer-cache": "graphwright.passes.insert_layer_cache:InsertLayerCache",
     "learn-layer-cache": "graphwright.passes.learn_layer_cache:LearnLayerCache",
+    "remove-blocks": "graphwright.passes.remove_blocks:RemoveBlocks",
     "remove-channels": "graphwright.passes.remove_channels:RemoveChannels",
     "remove-dropout": "graphwright.passes.remove_dropout:RemoveDropout",
     "train-weights": "graphwright.passes.train_weights:TrainWeights",

@@ -1,10 +1,30 @@
-"""Unread tensors: parameters and buffers that a graph module holds and no node reads."""
+"""What nothing reads: nodes that no result depends on, parameters and buffers that no node reads."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from torch.fx import GraphModule
+
+from ..graph.dataflow import dataflow
+from ..graph.program import Program
+
+
+def erase_unseen(program: Program) -> int:
+    """Erase what no result depends on, operators in place among it; drop the tensors that only it read.
+
+    Returns:
+        How many nodes. Inputs stay.
+    """
+    gm, erased = program.graph_module, 0
+    live = dataflow(program).live()
+    for node in reversed(list(gm.graph.nodes)):
+        if node not in live and node.op != "placeholder":
+            gm.graph.erase_node(node)
+            erased += 1
+    gm.delete_all_unused_submodules()
+    drop_unread(gm)
+    return erased
 
 
 def drop_unread(gm: GraphModule, among: Collection[str] | None = None) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..graph.errors import PreconditionError
 from ..graph.program import Program, ProgramModule
+from .base import Context
 
 
 class Watched(ProgramModule):
@@ -37,3 +40,24 @@ class Watched(ProgramModule):
         result = program.unflatten(flat[: self.results])
         self.calls.append(((args, kwargs), result, tuple(flat[self.results :])))
         return result
+
+
+def calibration_values(program: Program, nodes: Sequence[str], ctx: Context) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the values of the named nodes for every call of the program by ``ctx.loss`` on ``ctx.batches``.
+
+    Raises:
+        PreconditionError: There is no loss that calls the program, or no batch.
+    """
+    if ctx.loss is None or not ctx.batches:
+        raise PreconditionError("activations need calibration: give Context(loss=..., batches=[...])")
+    loss: Any = ctx.loss
+    watched = Watched(program, nodes)
+    for i, batch in enumerate(ctx.batches):
+        with torch.no_grad():
+            loss(watched, batch)
+        if not watched.calls:
+            raise PreconditionError("the calibration loss does not call the program that it is given")
+        for _, _, values in watched.calls:
+            yield values
+        watched.calls.clear()
+        ctx.report("calibration", i + 1, len(ctx.batches))

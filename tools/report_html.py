@@ -182,7 +182,24 @@ def _passes(passes: Sequence[Mapping[str, Any]]) -> str:
                 f"<details><summary>{len(rows)} left as they were</summary>"
                 f"{table([text('where'), text('why')], rows)}</details>"
             )
+        if step.get("blocks"):
+            parts.append(_blocks(step["blocks"]))
     return "\n".join(parts)
+
+
+def _blocks(blocks: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            number(b["number"]),
+            name(b["name"]),
+            text(", ".join(b["kinds"])),
+            text("" if b["score"] is None else f"{b['score']:.4g}"),
+            text("removed" if b["removed"] else "stays"),
+        ]
+        for b in blocks
+    ]
+    headers = [("number", "number"), text("block"), text("holds"), text("score"), text("")]
+    return f"<details><summary>{len(rows)} residual blocks</summary>{table(headers, rows)}</details>"
 
 
 def _frozen(frozen: Sequence[Mapping[str, Any]], unknown: Sequence[str]) -> str:

@@ -38,6 +38,7 @@ def run_pass(step: Pass, before: Output, context: Context, folder: Path) -> tupl
         "stats": dict(found.stats),
         "skipped": [{"site": s.site, "reason": s.reason} for s in found.skipped],
         "widths": [vars(width) for width in getattr(found, "widths", ())],
+        "blocks": [vars(block) for block in getattr(found, "blocks", ())],
         "classes": [list(members) for members in getattr(found, "classes", ())],
         "regrouped": [vars(norm) for norm in getattr(found, "regrouped", ())],
         "cost": output_cost(result.output),

@@ -40,6 +40,7 @@ _WHERE = {
     "Program": "graph.program",
     "ProviderError": "graph.errors",
     "RemovalRecord": "graph.resize",
+    "RemoveBlocks": "passes.remove_blocks",
     "RemoveChannels": "passes.remove_channels",
     "RemoveDropout": "passes.remove_dropout",
     "Scoring": "passes.criteria",
@@ -69,6 +70,7 @@ _WHERE = {
     "masked": "graph.schedules",
     "picture_weights": "passes.picture_weights",
     "register_rule": "graph.rules",
+    "residual_blocks": "graph.blocks",
     "residual_joins": "graph.joins",
     "resize": "graph.resize",
     "save": "frontends.artifact",
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
     from .frontends.artifact import save as save
     from .frontends.capture import capture as capture
     from .frontends.write_back import write_back as write_back
+    from .graph.blocks import residual_blocks as residual_blocks
     from .graph.cost import cost as cost
     from .graph.depgraph import DepGraph as DepGraph
     from .graph.depgraph import depgraph as depgraph
@@ -143,6 +146,7 @@ if TYPE_CHECKING:
     from .passes.layer_router import LayerRouter as LayerRouter
     from .passes.learn_layer_cache import LearnLayerCache as LearnLayerCache
     from .passes.picture_weights import picture_weights as picture_weights
+    from .passes.remove_blocks import RemoveBlocks as RemoveBlocks
     from .passes.remove_channels import RemoveChannels as RemoveChannels
     from .passes.remove_dropout import RemoveDropout as RemoveDropout
     from .passes.router_files import import_router as import_router

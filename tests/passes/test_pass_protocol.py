@@ -23,11 +23,12 @@ from graphwright.passes.text import parse, show
 # Options with which a pass finds a site in `Sites`; a new pass whose defaults do not gets a line here.
 OPTIONS: dict[str, dict[str, Any]] = {
     "learn-layer-cache": {"evaluations": 4, "rounds": 2, "threshold": 0.5},
+    "remove-blocks": {"blocks": (0,)},
     "train-weights": {"steps": 2},
 }
 
 # A second application of these does it again, since their options are relative to what they are given.
-NOT_IDEMPOTENT = {"remove-channels", "train-weights"}
+NOT_IDEMPOTENT = {"remove-blocks", "remove-channels", "train-weights"}
 
 # Passes that make a plan of a denoiser; `Sites` is none, and the promises below are kept in other words.
 PLANS = frozenset({"insert-feature-cache", "insert-layer-cache", "learn-layer-cache"})
@@ -41,13 +42,13 @@ class Sites(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.drop = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.1)
-        self.unused, self.head = nn.Linear(3, 2), nn.Linear(8, 4)
+        self.unused, self.branch, self.head = nn.Linear(3, 2), nn.Linear(8, 8), nn.Linear(8, 4)
         self.frozen = nn.Parameter(torch.ones(8), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.drop(self.norm(self.conv(x)).relu()).mean((2, 3)) * self.frozen
         self.unused(x.mean((2, 3)))
-        return self.head(h)
+        return self.head(h + self.branch(h))
 
 
 class Nothing(nn.Module):

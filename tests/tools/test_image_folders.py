@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from graphwright.graph.errors import PreconditionError
+from graphwright.passes.remove_blocks import RemoveBlocks
 from graphwright.tools.bench.published_networks import NETWORKS
 from graphwright.tools.image_folders import DEVIATION, MEAN, calibration
 from graphwright.tools.recipe import load_recipe, shipped
@@ -73,6 +74,7 @@ PUBLISHED = {
     "deit-1.2g": ("DeiT-S distilled", "1.2G"),
     "deit-0.6g": ("DeiT-T distilled", "0.6G"),
     "convnext-8.5g": ("ConvNeXt-B", "8.5G"),
+    "convnext-4.2g": ("ConvNeXt-B", "4.2G"),
     "resnet50-2.0g": ("ResNet-50", "2.0G"),
     "resnet101-4.5g": ("ResNet-101", "4.5G"),
     "resnet101-3.8g": ("ResNet-101", "3.8G"),
@@ -90,13 +92,18 @@ def test_there_is_a_recipe_for_every_published_setting() -> None:
 def test_recipes_have_the_options_whose_sizes_are_compared_with_the_published_ones(name: str) -> None:
     recipe = load_recipe(f"isomorphic/{name}")
     network, setting = PUBLISHED[name]
-    (options,) = [
-        s.options for n in NETWORKS for s in n.settings if (n.name, s.name) == (network, setting) and s.options
+    ((options, blocks),) = [
+        (s.options, s.blocks)
+        for n in NETWORKS
+        for s in n.settings
+        if (n.name, s.name) == (network, setting) and s.options
     ]
     step: Any = recipe.passes[0]
     # The scores are divided by their mean in the published scripts, which no size depends on much.
     assert {key: getattr(step, key) for key in options} == {**options, "normaliser": "mean"}
     assert step.criterion == "taylor"
+    taken = [p for p in recipe.passes if isinstance(p, RemoveBlocks)]
+    assert taken == ([] if blocks is None else [RemoveBlocks(criterion="taylor", **blocks)])
     batches = recipe.calibration.options  # pyright: ignore[reportOptionalMemberAccess]
     assert (batches["count"], batches["batch"]) == (100 if name.startswith(("resnet101", "resnet152")) else 50, 64)
 

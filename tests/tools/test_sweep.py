@@ -24,6 +24,7 @@ REAL = [
     "bert",
     "vit",
     "convnext",
+    "swin",  # patch merging and tables of relative positions, without a rule for either
     "gpt2",
     "shufflenet_v2",
     "unet_group",

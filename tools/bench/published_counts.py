@@ -22,7 +22,8 @@ import torch
 
 from ...graph.cost import parameter_count
 from ...graph.program import Program, set_tensor
-from ...passes.base import Pipeline
+from ...passes.base import Pass, Pipeline
+from ...passes.remove_blocks import RemoveBlocks
 from ...passes.remove_channels import RemoveChannels
 from .. import render
 from .published_macs import printed_macs
@@ -88,7 +89,10 @@ def _pruned(network: Network, program: Program, setting: Setting, seed: int) -> 
     if setting.options is None:
         return program
     if not network.weights:
-        return Pipeline([RemoveChannels(criterion="random", seed=seed, **setting.options)])(program).program
+        steps: list[Pass] = [RemoveChannels(criterion="random", seed=seed, **setting.options)]
+        if setting.blocks is not None:
+            steps.append(RemoveBlocks(criterion="random", seed=seed, **setting.blocks))
+        return Pipeline(steps)(program).program
     generator, program = torch.Generator().manual_seed(seed), program.copy()
     for name, parameter in program.parameters().items():
         if parameter.dim() > 1:

@@ -33,6 +33,7 @@ class Setting:
         macs: As printed, in 10^9; empty if not printed.
         note: Why it cannot be equal, or how it is.
         seeds: Of random scores, where the counts depend on them.
+        blocks: Of `RemoveBlocks`, which then comes after `RemoveChannels`; None takes none away.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Setting:
     macs: str = ""
     note: str = ""
     seeds: int = 1
+    blocks: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _of_library(kind: str, config: str, **options: Any) -> Callable[[], nn.Modul
     def build() -> nn.Module:
         import transformers
 
-        return getattr(transformers, kind)(getattr(transformers, config)(num_labels=1000, **options))
+        return getattr(transformers, kind)(getattr(transformers, config)(**{"num_labels": 1000, **options}))
 
     return build
 
@@ -114,18 +116,13 @@ def _isomorphic(ratio: float, heads: float = 0.0, head_dims: float = 0.0) -> dic
 BY_SCORES = "real scores move channels between the stages of a class; they need the published weights"
 CUT = "printed cut, not rounded"
 SEEDS = 20
+# The blocks of ConvNeXt's third stage, 27 in the base size.
+STAGE_3 = "convnext.encoder.stages.2"
 IMAGE = (1, 3, 224, 224)
 
 
 def _bottlenecks(*depths: int, classes: int = 1000) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import transformers
-
-        config = transformers.ResNetConfig(depths=list(depths))
-        config.num_labels = classes
-        return transformers.ResNetForImageClassification(config)
-
-    return build
+    return _of_library("ResNetForImageClassification", "ResNetConfig", depths=list(depths), num_labels=classes)
 
 
 def _deit_settings(*settings: Setting) -> dict[str, Any]:
@@ -232,7 +229,10 @@ NETWORKS: tuple[Network, ...] = (
             hidden_sizes=[128, 256, 512, 1024],
         ),
         IMAGE,
-        (Setting("8.5G", _isomorphic(0.26), "47.36", "8.48", BY_SCORES, 3),),
+        (
+            Setting("8.5G", _isomorphic(0.26), "47.36", "8.48", BY_SCORES, 3),
+            Setting("4.2G", _isomorphic(0.25), "25.32", "4.19", BY_SCORES, 3, {"blocks": (STAGE_3,), "count": 18}),
+        ),
     ),
     Network(
         ISOMORPHIC,
