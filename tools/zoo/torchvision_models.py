@@ -124,12 +124,26 @@ def picture_case(name: str) -> Case:
     if name.startswith("vit_"):
         more["image_size"] = size
     if name in ("googlenet", "inception_v3"):
-        more |= {"aux_logits": False, "init_weights": False}
+        more["aux_logits"] = False
+    if name.startswith(("googlenet", "inception_v3", "vgg")):
+        more["init_weights"] = False  # slow, and `case` draws them anyway
     # windows of 7 by 7 need 224 pixels, those of 2 by 2 are whole at every stage of 64
     settings = {"input_size": (size, size), "partition_size": 2} if name == "maxvit_t" else None
+    model = divided(name, settings, num_classes=5, **more)
+    if name == "alexnet" or name.startswith("vgg"):
+        _narrow_classifier(model, 512)
     # products of channels and gates let EfficientNets grow block by block, where a channel hardly varies most
     floor = 0.25 if name.startswith("efficientnet") else 0.06
-    return case(divided(name, settings, num_classes=5, **more), lambda b: image(b, 3, size, size), floor=floor)
+    return case(model, lambda b: image(b, 3, size, size), floor=floor)
+
+
+def _narrow_classifier(model: Any, units: int) -> None:
+    """Give the two hidden layers of a classifier, nine tenths of the parameters, fewer units than 4096."""
+    layers = model.classifier
+    first, second, last = (i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
+    layers[first] = nn.Linear(layers[first].in_features, units)
+    layers[second] = nn.Linear(units, units)
+    layers[last] = nn.Linear(units, layers[last].out_features)
 
 
 def segmentation_case(name: str) -> Case:
