@@ -176,7 +176,13 @@ def flow_case(name: str) -> Case:
 
 
 ENTRIES: list[Entry] = [
-    Entry(f"torchvision/{name}", "torchvision", lambda name=name, build=build: build(name), NEEDS)
+    Entry(
+        f"torchvision/{name}",
+        "torchvision",
+        lambda name=name, build=build: build(name),
+        NEEDS,
+        float64=names is not FLOW,  # RAFT makes its grid of coordinates in single precision
+    )
     for names, build in (
         (CLASSIFIERS, picture_case),
         (SEGMENTATION, segmentation_case),
