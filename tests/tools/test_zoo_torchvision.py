@@ -35,7 +35,8 @@ def _kinds(model: Any) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["convnext_tiny", "densenet169", "efficientnet_b4", "regnet_y_3_2gf", "resnext50_32x4d", "swin_t", "vit_b_32"]
+    "name",
+    ["convnext_tiny", "densenet169", "efficientnet_b4", "regnet_y_3_2gf", "resnext50_32x4d", "swin_t", "vit_b_32"],
 )
 def test_divided_widths_leave_every_module_and_most_parameters_gone(name: str) -> None:
     released = load("torchvision").models.get_model(name, weights=None, num_classes=5)
