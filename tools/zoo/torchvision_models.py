@@ -148,7 +148,7 @@ def _narrow_classifier(model: Any, units: int) -> None:
 
 def segmentation_case(name: str) -> Case:
     """Build one network of 5 classes a pixel, with the auxiliary head that it has for its training."""
-    more = {} if name.startswith("lraspp") else {"aux_loss": True}
+    more: dict[str, Any] = {} if name.startswith("lraspp") else {"aux_loss": True}
     return case(divided(name, num_classes=5, weights_backbone=None, **more), lambda b: image(b, 3, 64, 64))
 
 
