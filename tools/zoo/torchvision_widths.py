@@ -135,12 +135,15 @@ def _bottlenecks(given: Settings, by: int) -> None:
 
 
 def _stages(name: str, *widths: str) -> Callable[[Settings, int], None]:
-    """Return what divides these attributes of a list of stages."""
+    """Return what divides these attributes of a list of stages, up to multiples of 8.
+
+    EfficientNet rounds what its blocks expand to multiples of 8, and leaves out an expansion that changes nothing.
+    """
 
     def divide(given: Settings, by: int) -> None:
         stages = [copy.copy(stage) for stage in given[name]]
         for stage in stages:
-            stage.__dict__ |= {w: stage.__dict__[w] // by for w in widths if stage.__dict__[w]}
+            stage.__dict__ |= {w: -(-stage.__dict__[w] // (8 * by)) * 8 for w in widths if stage.__dict__[w]}
         given[name] = stages
         if given.get("last_channel"):
             given["last_channel"] //= by
