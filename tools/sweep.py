@@ -1,6 +1,6 @@
 """Coverage sweep: every architecture of the zoo, every coupling group, a random half removed, against the mask oracle.
 
-    python -m graphwright.tools.sweep [NAME ...] [--family F] [--json FILE]
+    python -m graphwright.tools.sweep [NAME ...] [--family F] [--singles N] [--json FILE]
 
 Per model: groups, how many removals were exact or renormalised as labelled, axes frozen by reason, how many had no effect
 (inert), were wrong or raised, and CPU seconds; and where the groups are not those of the inventory that was written from
@@ -61,8 +61,18 @@ class Row:
     skipped: str = ""
 
 
-def sweep_entry(entry: Entry, seed: int = 0) -> Row:
-    """Build one model, capture it in float64, and judge every group of it and all groups together."""
+def sweep_entry(entry: Entry, seed: int = 0, singles: int | None = None) -> Row:
+    """Build one model, capture it in float64, and judge every group of it and all groups together.
+
+    Args:
+        entry: Of the zoo.
+        seed: Of the choice of indices.
+        singles: At most so many groups, evenly spread, are judged one by one; None for all. All groups together always are:
+            the time that a group takes grows with the number of layers, and deep networks have hundreds of groups.
+
+    Returns:
+        What was found.
+    """
     row = Row(entry.name, entry.family)
     missing = [p for p in entry.requires if find_spec(p) is None]
     if missing:
@@ -85,12 +95,19 @@ def sweep_entry(entry: Entry, seed: int = 0) -> Row:
     row.kinds = dict(Counter(f"{g.kind} {g.size}" for g in groups))
     generator = torch.Generator().manual_seed(seed)
     whole = outputs_of(program, case)
-    for group in groups:
+    for group in spread(groups, singles):
         judge(row, case, graph, {group.name: random_keep(group, generator)}, [group], whole)
     if len(groups) > 1:
         judge(row, case, graph, {g.name: random_keep(g, generator) for g in groups}, list(groups), whole)
     row.seconds = time.process_time() - start
     return row
+
+
+def spread(groups: Sequence[CouplingGroup], count: int | None) -> list[CouplingGroup]:
+    """Return at most ``count`` groups, evenly spread over the model; all without a count."""
+    if count is None or count >= len(groups):
+        return list(groups)
+    return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
 
 
 def in_float64(case: Case) -> Case:
@@ -227,13 +244,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="graphwright.tools.sweep", description=__doc__)
     parser.add_argument("names", nargs="*", help="entries, or prefixes of entries; all without")
     parser.add_argument("--family", action="append", help="only entries of this family")
+    parser.add_argument("--singles", type=int, help="groups of a model that are judged one by one; all without")
     parser.add_argument("--json", help="write the rows to this file")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     chosen = select(options.names, options.family)
     rows = []
     for i, entry in enumerate(chosen):
-        rows.append(sweep_entry(entry, options.seed))
+        rows.append(sweep_entry(entry, options.seed, options.singles))
         print(f"[{i + 1}/{len(chosen)}] {table(rows[-1:]).splitlines()[1]}", file=sys.stderr, flush=True)
         for line in table(rows[-1:]).splitlines()[2:-1]:
             print(line, file=sys.stderr, flush=True)

@@ -57,6 +57,16 @@ def test_removing_a_random_half_of_every_group_equals_the_mask_oracle(name: str)
         assert row.inert < row.exact + row.renormalised
 
 
+def test_a_bound_on_single_groups_spreads_them_and_keeps_the_removal_of_all_at_once() -> None:
+    case = ZOO["shufflenet_v2"].build()
+    groups = depgraph(capture(case.model, case.args, case.kwargs, case.dynamic)).groups
+    assert sweep.spread(groups, None) == sweep.spread(groups, len(groups)) == list(groups)
+    assert sweep.spread(groups[:9], 3) == [groups[1], groups[4], groups[7]]
+    assert sweep.spread(groups, 0) == []
+    some = sweep.sweep_entry(ZOO["shufflenet_v2"], singles=0)
+    assert some.exact + some.renormalised == 1 and some.wrong == [] and some.raised == []
+
+
 def test_rows_that_are_known_to_be_refused_exist() -> None:
     assert set(REFUSED) <= set(ODD)
 

@@ -15,6 +15,7 @@ from . import (
     torch_cnn,
     torch_models,
     torch_transformers,
+    torchvision_models,
     transformers_models,
     transformers_more,
     transformers_vision,
@@ -33,6 +34,7 @@ for _module in (
     transformers_vision,
     diffusers_models,
     timm_models,
+    torchvision_models,
     odd_cases,
 ):
     for _entry in _module.ENTRIES:

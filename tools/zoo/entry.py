@@ -45,7 +45,7 @@ class Entry:
 
     Attributes:
         name: the unique name.
-        family: where the model comes from: torch, transformers, diffusers, timm or odd.
+        family: where the model comes from: torch, transformers, diffusers, timm, torchvision or odd.
         build: makes the case; every call gives equal weights and equal inputs.
         requires: importable modules without which the entry is skipped.
         note: what is special about the entry, in one line.
