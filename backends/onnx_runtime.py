@@ -18,6 +18,8 @@ from .artifacts import summary
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
 ORDER = (TENSORRT, CUDA, CPU)
 SHORT_NAMES = {"tensorrt": TENSORRT, "cuda": CUDA, "cpu": CPU}
+# Fusions of the CPU provider whose kernel takes several times as long as the operators that it stands for.
+_SLOWER = ["SkipLayerNormFusion"]
 INSTALL = "pip install 'graphwright[cpu]', or 'graphwright[gpu]' (CUDA 13) or 'graphwright[gpu-cu12]' for NVIDIA GPUs"
 
 
@@ -126,7 +128,13 @@ def open_session(
         settings.intra_op_num_threads = threads
     choices = [options.get(name, {}) for name in names]
     try:
-        session = ort.InferenceSession(os.fspath(model), settings, providers=names, provider_options=choices)
+        session = ort.InferenceSession(
+            os.fspath(model),
+            settings,
+            providers=names,
+            provider_options=choices,
+            disabled_optimizers=_SLOWER if names == [CPU] else None,
+        )
     # ONNX Runtime's errors have no base class of their own; whatever it is, this file does not load.
     except Exception as err:
         raise ArtifactError(f"ONNX Runtime {ort.__version__} cannot load '{model}': {summary(err)}") from err

@@ -89,7 +89,8 @@ def lost_cuda(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """An ONNX Runtime that offers CUDA and silently gives a session without it, as one with missing libraries does."""
     calls: list[dict] = []
 
-    def session(path: str, settings: object, providers: list[str], provider_options: list[dict]):
+    def session(path: str, settings: object, providers: list[str], provider_options: list[dict], **rest: object):
+        assert rest == {"disabled_optimizers": None}  # those of the CPU provider alone
         calls.append({"providers": providers, "options": provider_options})
         return ort.InferenceSession(path, settings, providers=[CPU])
 
@@ -128,6 +129,33 @@ def test_options_reach_their_provider(model_file: Path, lost_cuda: list[dict]) -
 
 def test_threads_are_set(model_file: Path) -> None:
     assert open_session(model_file, ["cpu"], threads=1).get_session_options().intra_op_num_threads == 1
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_cpu_computes_sums_and_norms_apart(ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ["n", 3, 8]
+    terms = [onnx.helper.make_tensor_value_info(name, 1, shape) for name in "ab"]
+    scale = onnx.helper.make_tensor("scale", 1, [8], [1.0] * 8)
+    nodes = [
+        onnx.helper.make_node("Add", ["a", "b"], ["sum"]),
+        onnx.helper.make_node("LayerNormalization", ["sum", "scale"], ["y"], axis=-1),
+    ]
+    result = onnx.helper.make_tensor_value_info("y", 1, shape)
+    graph = onnx.helper.make_graph(nodes, "sum_norm", terms, [result], [scale])
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9),
+        tmp_path / "m.onnx",
+    )
+    opened = ort.InferenceSession
+
+    def session(path: str, settings: ort.SessionOptions, **options: object) -> ort.InferenceSession:
+        settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        return opened(path, settings, **(options if ours else options | {"disabled_optimizers": None}))
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    open_session(tmp_path / "m.onnx", ["cpu"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert operators == (["Add", "LayerNormalization"] if ours else ["SkipLayerNormalization"])
 
 
 def test_importing_the_backends_imports_no_runtime() -> None:
