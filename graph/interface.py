@@ -42,6 +42,16 @@ class InputSpec:
         """Whether the leaf is a tensor (else a constant of the capture)."""
         return self.dtype is not None
 
+    def fits(self, value: object, sizes: dict[str, int]) -> bool:
+        """Whether ``value`` surely fits this leaf and, in labelled dimensions, the leaves before; `check` says what is wrong.
+
+        Args:
+            sizes: Of the labels of the leaves before; those of this leaf are added.
+        """
+        if self.dtype is None:
+            return value is self.constant
+        return isinstance(value, Tensor) and value.dtype is self.dtype and fits(self.shape, value.shape, sizes)
+
     def check(self, value: object) -> None:
         """Raise `InputError` unless ``value`` fits this leaf."""
         if not self.is_tensor:
@@ -98,13 +108,19 @@ class CallForm:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
             raise InputError(self._other_structure(args, kwargs))
-        for leaf, expected in zip(leaves, self.inputs, strict=True):
-            expected.check(leaf)
-        check_labels((s.name, s.shape, v.shape) for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor)
+        sizes: dict[str, int] = {}
+        if not all(spec.fits(leaf, sizes) for spec, leaf in zip(self.inputs, leaves, strict=True)):
+            self._explain(leaves)
         if self.guards:
             sizes = {s.name: v.shape for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor}
             check_guards(self.name, self.guards, sizes)
         return leaves
+
+    def _explain(self, leaves: Sequence[Any]) -> None:
+        """Raise `InputError` for the first leaf that does not fit."""
+        for leaf, expected in zip(leaves, self.inputs, strict=True):
+            expected.check(leaf)
+        check_labels((s.name, s.shape, v.shape) for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor)
 
     def unflatten(self, values: Sequence[Any]) -> Any:
         """Return flat outputs in the structure of the module's result."""
@@ -254,6 +270,16 @@ def _structure(spec: pytree.TreeSpec) -> str:
     keys = f" {', '.join(map(str, spec.context))} " if spec.type is dict else ""
     kind = getattr(spec.type, "__name__", str(spec.type))
     return f"{kind}{keys}({', '.join(map(_structure, spec.children()))})"
+
+
+def fits(want: Sequence[int | str], got: Sequence[int], sizes: dict[str, int]) -> bool:
+    """Whether a shape is the captured one, with one size for every label; this runs for every input of every call."""
+    if len(want) != len(got):
+        return False
+    for size, known in zip(got, want, strict=True):
+        if size != (sizes.setdefault(known, size) if isinstance(known, str) else known):
+            return False
+    return True
 
 
 def check_labels(inputs: Iterable[tuple[str, Sequence[int | str], Sequence[int]]]) -> None:
