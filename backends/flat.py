@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node, map_arg
 
 from ..graph.errors import ExportError, where
 from ..graph.interface import InputSpec
+from ..graph.plan import Staged
 from ..graph.program import Program, copy_graph_module
 
 
@@ -57,8 +58,7 @@ def flat_program(program: Program) -> FlatProgram:
         ExportError: The program's tensors or its example inputs are on the ``meta`` device, it has no tensor output,
             or it draws random numbers, so that no export can be compared with it.
     """
-    _require_values(program)
-    _require_deterministic(program)
+    require_exportable(program)
     gm = copy_graph_module(program.graph_module)
     constants: dict[str, Any] = {}
     kept: list[int] = []
@@ -122,6 +122,21 @@ def _leaf_paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
     for index, child in enumerate(children):
         for rest in _leaf_paths(child):
             yield (str(keys[index]) if named else str(index), *rest)
+
+
+def require_exportable(program: Program) -> None:
+    """Raise `ExportError` for a program without values, or one that draws random numbers; takes no time."""
+    _require_values(program)
+    _require_deterministic(program)
+
+
+def require_exportable_stages(plan: Staged[Program]) -> None:
+    """Raise `ExportError` for a plan with such a program, before the first of its stages is exported."""
+    for name, stage in plan.stages.items():
+        try:
+            require_exportable(stage.program)
+        except ExportError as err:
+            raise ExportError(f"stage '{name}': {err}") from err
 
 
 def _require_values(program: Program) -> None:

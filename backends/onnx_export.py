@@ -13,6 +13,7 @@ from ..graph.errors import ArtifactError, ExportError
 from ..graph.plan import Plan, Staged
 from ..graph.program import Program
 from .artifacts import file_facts, read_manifest, staging, write_manifest
+from .flat import require_exportable_stages
 from .onnx_file import FLOAT16_TOLERANCE, Call, OnnxFile, OnnxOptions
 from .onnx_runner import FORMAT_VERSION, KIND, MANIFEST_FILE, MODEL_FILE, PLAN_KIND, OnnxRunner
 from .onnx_weights import share_weights
@@ -158,6 +159,7 @@ def load_onnx_plan(
 def _export_plan(plan: Plan, directory: Path, options: OnnxOptions) -> OnnxArtifact:
     if options.check_inputs:
         raise ExportError("check_inputs are calls of one program, and a plan has several; leave them out")
+    require_exportable_stages(plan)
     with staging(directory, MANIFEST_FILE) as folder:
         parts = folder / "parts"
         made: dict[str, OnnxFile] = {}

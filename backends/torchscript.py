@@ -32,7 +32,7 @@ from .artifacts import (
     write_manifest,
 )
 from .compare import Check, compare, default_tolerance, run_program
-from .flat import FlatProgram, flat_program
+from .flat import FlatProgram, flat_program, require_exportable_stages
 from .runner_program import RunnerProgram, call_facts, plan_facts, staged
 
 KIND, PLAN_KIND, FORMAT_VERSION = "torchscript", "torchscript-plan", 1
@@ -99,6 +99,8 @@ def export_torchscript(
             or the file does not compute what the program computes. Nothing is left behind.
     """
     stages = {name: stage.program for name, stage in output.stages.items()} if isinstance(output, Plan) else {}
+    if isinstance(output, Plan):
+        require_exportable_stages(output)
     head = {"kind": PLAN_KIND if stages else KIND, "format_version": FORMAT_VERSION}
     with staging(directory, MANIFEST_FILE) as folder:
         if isinstance(output, Plan):

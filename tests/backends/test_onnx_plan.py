@@ -112,6 +112,7 @@ def test_plan_is_no_program(artifact: OnnxArtifact) -> None:
         OnnxRunner(artifact.directory)
 
 
+@pytest.mark.slow
 def test_float16_files_share_weights_as_well(plan: Plan, tmp_path: Path) -> None:
     half = export_onnx(plan, tmp_path, providers=["cpu"], fp16=True)
     got, want = sampled(half.plan(["cpu"]).module(), (2, 2, 8, 8)), sampled(plan.module(), (2, 2, 8, 8))
