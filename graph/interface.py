@@ -108,8 +108,8 @@ class CallForm:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
             raise InputError(self._other_structure(args, kwargs))
-        sizes: dict[str, int] = {}
-        if not all(spec.fits(leaf, sizes) for spec, leaf in zip(self.inputs, leaves, strict=True)):
+        labels: dict[str, int] = {}
+        if not all(spec.fits(leaf, labels) for spec, leaf in zip(self.inputs, leaves, strict=True)):
             self._explain(leaves)
         if self.guards:
             sizes = {s.name: v.shape for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor}
