@@ -13,8 +13,9 @@ from graphwright.frontends.capture import capture
 from graphwright.graph.cost import cost
 from graphwright.tools.bench import published_counts
 from graphwright.tools.bench.published_counts import Count, rows
+from graphwright.tools.bench.published_latency import latencies
 from graphwright.tools.bench.published_macs import printed_macs
-from graphwright.tools.bench.published_networks import NETWORKS, Network
+from graphwright.tools.bench.published_networks import ISOMORPHIC, NETWORKS, Network, Setting
 from graphwright.tools.bench.published_tilt import least_factor, tilted
 
 
@@ -183,3 +184,20 @@ def test_pairs_that_need_real_scores_are_printed(
     assert json.loads(capsys.readouterr().out) == row
     assert published_counts.main(["--tilted"]) == 0
     assert "ResNet-1" in capsys.readouterr().out
+
+
+def test_pruned_networks_are_measured_beside_their_originals() -> None:
+    """The time is of what the counts are of: a network of half of the widths, exported and run."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+
+    settings = (Setting("dense", None), Setting("half", {"ratio": 0.5}))
+    other = Network("elsewhere", "Chain", build, (1, 3, 16, 16), settings)
+    here = Network(ISOMORPHIC, "Chain", build, (1, 3, 16, 16), settings)
+    (row,) = latencies(published_counts._pruned, [other, here])
+    # 14 * 14, 12 * 12 and 10 * 10 pixels, kernels of 9 elements.
+    dense, half = (196 * 3 * w + 144 * w * w + 100 * w * 4 for w in (16, 8))
+    assert (row["network"], row["setting"]) == ("Chain", "half")
+    assert row["MAC ratio"] == round(half / dense, 3)
+    assert row["median ratio"] > 0 and row["dense ms"] > 0 and row["pruned ms"] > 0

@@ -2,6 +2,7 @@
 
     graphwright bench published-counts [--json]
     graphwright bench published-counts --tilted [--json]        pairs that need real scores (`published_tilt`)
+    graphwright bench published-counts --latency [--json]       time in ONNX Runtime beside counts (`published_latency`)
 
 Every network is built from its configuration and pruned at the published ratios. Scores are random: which channels go does
 not matter, how many does. Where groups compete the counts depend on the scores; those rows say so, and give the range over
@@ -26,6 +27,7 @@ from ...passes.base import Pass, Pipeline
 from ...passes.remove_blocks import RemoveBlocks
 from ...passes.remove_channels import RemoveChannels
 from .. import render
+from .published_latency import latencies
 from .published_macs import printed_macs
 from .published_networks import CUT, NETWORKS, Network, Setting
 from .published_tilt import tilted
@@ -108,9 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tilted", action="store_true", help="raise later stages' scores to the published MACs instead"
     )
+    parser.add_argument("--latency", action="store_true", help="measure pruned classifiers in ONNX Runtime instead")
     options = parser.parse_args(argv)
-    if options.tilted:
-        return _tilted(options.json)
+    if options.tilted or options.latency:
+        return _others(tilted() if options.tilted else latencies(_pruned), options.json)
     found = []
     for row in rows():
         found.append(row)
@@ -137,9 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _tilted(as_json: bool) -> int:
+def _others(rows: Iterator[Mapping[str, Any]], as_json: bool) -> int:
     found = []
-    for row in tilted():
+    for row in rows:
         found.append(row)
         print(f"{row['network']} {row['setting']}", file=sys.stderr)
         if as_json:

@@ -77,9 +77,9 @@ class Network:
         device = "cpu" if self.weights else "meta"
         with torch.device(device):
             model = self.build().eval()
-        inputs = [torch.empty(self.shape, device=device)]
+        inputs = [torch.rand(self.shape, device=device)]
         if self.timestep:
-            inputs.append(torch.empty(1, device=device))
+            inputs.append(torch.rand(1, device=device))
         return capture(model, tuple(inputs), dynamic={})
 
 
