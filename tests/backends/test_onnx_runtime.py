@@ -4,6 +4,7 @@ import importlib.metadata
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,7 +149,7 @@ def test_the_cpu_computes_sums_and_norms_apart(ours: bool, tmp_path: Path, monke
     )
     opened = ort.InferenceSession
 
-    def session(path: str, settings: ort.SessionOptions, **options: object) -> ort.InferenceSession:
+    def session(path: str, settings: Any, **options: object) -> Any:
         settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         return opened(path, settings, **(options if ours else options | {"disabled_optimizers": None}))
 

@@ -146,7 +146,7 @@ def test_equality_is_at_the_printed_digits_or_inside_the_range_of_seeds(publishe
 
 def test_json_has_one_object_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     row = Count("a", "b", "c", "M", "1.0", 1.0).data()
-    monkeypatch.setattr(published_counts, "rows", lambda: iter([row, row]))
+    monkeypatch.setattr(published_counts, "rows", lambda networks: iter([row, row]))
     assert published_counts.main(["--json"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [row, row]
     assert published_counts.main([]) == 0
@@ -179,7 +179,7 @@ def test_pairs_that_need_real_scores_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = {"network": "ResNet-1", "setting": "1G", "factor": 1.002, "ours M": 3.0}
-    monkeypatch.setattr(published_counts, "tilted", lambda: iter([row]))
+    monkeypatch.setattr(published_counts, "tilted", lambda networks: iter([row]))
     assert published_counts.main(["--tilted", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == row
     assert published_counts.main(["--tilted"]) == 0
@@ -200,4 +200,12 @@ def test_pruned_networks_are_measured_beside_their_originals() -> None:
     dense, half = (196 * 3 * w + 144 * w * w + 100 * w * 4 for w in (16, 8))
     assert (row["network"], row["setting"]) == ("Chain", "half")
     assert row["MAC ratio"] == round(half / dense, 3)
+    (rounded,) = latencies(published_counts._pruned, [here], round_to=16)
+    assert rounded["MAC ratio"] == 1  # 8 is no multiple of 16
     assert row["median ratio"] > 0 and row["dense ms"] > 0 and row["pruned ms"] > 0
+
+
+def test_an_unknown_network_is_refused_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        published_counts.main(["--networks", "ResNet-50,ResNet-51"])
+    assert "unknown ResNet-51; there are DDPM CIFAR-10" in capsys.readouterr().err

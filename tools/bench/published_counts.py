@@ -2,7 +2,9 @@
 
     graphwright bench published-counts [--json]
     graphwright bench published-counts --tilted [--json]        pairs that need real scores (`published_tilt`)
-    graphwright bench published-counts --latency [--json]       time in ONNX Runtime beside counts (`published_latency`)
+    graphwright bench published-counts --latency [--round-to 8] [--json]    time in ONNX Runtime (`published_latency`)
+
+``--networks ResNet-50,MobileNetV2`` takes these only.
 
 Every network is built from its configuration and pruned at the published ratios. Scores are random: which channels go does
 not matter, how many does. Where groups compete the counts depend on the scores; those rows say so, and give the range over
@@ -111,11 +113,16 @@ def main(argv: list[str] | None = None) -> int:
         "--tilted", action="store_true", help="raise later stages' scores to the published MACs instead"
     )
     parser.add_argument("--latency", action="store_true", help="measure pruned classifiers in ONNX Runtime instead")
+    parser.add_argument("--round-to", type=int, help="with --latency: multiples that widths are, instead of 2")
+    parser.add_argument("--networks", help="names, such as ResNet-50,MobileNetV2; all without")
     options = parser.parse_args(argv)
-    if options.tilted or options.latency:
-        return _others(tilted() if options.tilted else latencies(_pruned), options.json)
+    networks = _named(parser, options.networks)
+    if options.tilted:
+        return _others(tilted(networks), options.json)
+    if options.latency:
+        return _others(latencies(_pruned, networks, options.round_to), options.json)
     found = []
-    for row in rows():
+    for row in rows(networks):
         found.append(row)
         print(f"{row['network']} {row['setting']}: {row['unit']}", file=sys.stderr)
         if options.json:
@@ -138,6 +145,16 @@ def main(argv: list[str] | None = None) -> int:
         headers = ["source", "network", "setting", "", "published", "ours", "equal", "ratio", ""]
         render.print_table("", headers, table, right=(4, 5, 7))
     return 0
+
+
+def _named(parser: argparse.ArgumentParser, names: str | None) -> Sequence[Network]:
+    if names is None:
+        return NETWORKS
+    known = list(dict.fromkeys(network.name for network in NETWORKS))
+    unknown = [name for name in names.split(",") if name not in known]
+    if unknown:
+        parser.error(f"--networks: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    return [network for network in NETWORKS if network.name in names.split(",")]
 
 
 def _others(rows: Iterator[Mapping[str, Any]], as_json: bool) -> int:

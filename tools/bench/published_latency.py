@@ -26,12 +26,15 @@ ROUNDS = 20
 Prune = Callable[[Network, Program, Setting, int], Program]
 
 
-def latencies(prune: Prune, networks: Sequence[Network] = NETWORKS) -> Iterator[dict[str, Any]]:
+def latencies(
+    prune: Prune, networks: Sequence[Network] = NETWORKS, round_to: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield a row for every published setting of Isomorphic Pruning.
 
     Args:
         prune: Takes a network, its program, a setting and a seed, and returns what is left.
         networks: To take the settings from.
+        round_to: Widths are multiples of it instead of the published 2.
     """
     for network in networks:
         if network.source != ISOMORPHIC or all(setting.options is None for setting in network.settings):
@@ -45,6 +48,8 @@ def latencies(prune: Prune, networks: Sequence[Network] = NETWORKS) -> Iterator[
             for setting in network.settings:
                 if setting.options is None:
                     continue
+                if round_to is not None:
+                    setting = replace(setting, options={**setting.options, "round_to": round_to})
                 smaller = prune(by_random, program, setting, 0)
                 yield _row(network, setting, program, smaller, dense, _exported(smaller, Path(folder, setting.name)))
 
