@@ -125,7 +125,7 @@ def _leaf_paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
 
 
 def require_exportable(program: Program) -> None:
-    """Raise `ExportError` for a program without values, or one that draws random numbers; takes no time."""
+    """Raise `ExportError` for a program without values, or one that draws random numbers."""
     _require_values(program)
     _require_deterministic(program)
 

@@ -25,8 +25,7 @@ import torch
 
 from ...graph.cost import parameter_count
 from ...graph.program import Program, set_tensor
-from ...passes.base import Pass, Pipeline
-from ...passes.remove_blocks import RemoveBlocks
+from ...passes.base import Pipeline
 from ...passes.remove_channels import RemoveChannels
 from .. import render
 from .published_latency import latencies
@@ -90,13 +89,8 @@ def _counts(network: Network, program: Program) -> tuple[int, int]:
 
 
 def _pruned(network: Network, program: Program, setting: Setting, seed: int) -> Program:
-    if setting.options is None:
-        return program
-    if not network.weights:
-        steps: list[Pass] = [RemoveChannels(criterion="random", seed=seed, **setting.options)]
-        if setting.blocks is not None:
-            steps.append(RemoveBlocks(criterion="random", seed=seed, **setting.blocks))
-        return Pipeline(steps)(program).program
+    if setting.options is None or not network.weights:
+        return setting.at_random(program, seed)
     generator, program = torch.Generator().manual_seed(seed), program.copy()
     for name, parameter in program.parameters().items():
         if parameter.dim() > 1:
@@ -120,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.tilted:
         return _others(tilted(networks), options.json)
     if options.latency:
-        return _others(latencies(_pruned, networks, options.round_to), options.json)
+        return _others(latencies(networks, options.round_to), options.json)
     found = []
     for row in rows(networks):
         found.append(row)

@@ -7,7 +7,7 @@ and result classify one picture on one thread of the CPU, in turns.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,11 @@ from .published_networks import ISOMORPHIC, NETWORKS, Network, Setting
 
 ROUNDS = 20
 
-Prune = Callable[[Network, Program, Setting, int], Program]
 
-
-def latencies(
-    prune: Prune, networks: Sequence[Network] = NETWORKS, round_to: int | None = None
-) -> Iterator[dict[str, Any]]:
+def latencies(networks: Sequence[Network] = NETWORKS, round_to: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield a row for every published setting of Isomorphic Pruning.
 
     Args:
-        prune: Takes a network, its program, a setting and a seed, and returns what is left.
         networks: To take the settings from.
         round_to: Widths are multiples of it instead of the published 2.
     """
@@ -41,8 +36,6 @@ def latencies(
             continue
         torch.manual_seed(0)
         program = replace(network, weights=True).program()
-        # Scores are random, so the weights that the counts would need for theirs make no difference.
-        by_random = replace(network, weights=False)
         with tempfile.TemporaryDirectory() as folder:
             dense = _exported(program, Path(folder, "dense"))
             for setting in network.settings:
@@ -50,7 +43,7 @@ def latencies(
                     continue
                 if round_to is not None:
                     setting = replace(setting, options={**setting.options, "round_to": round_to})
-                smaller = prune(by_random, program, setting, 0)
+                smaller = setting.at_random(program, seed=0)
                 yield _row(network, setting, program, smaller, dense, _exported(smaller, Path(folder, setting.name)))
 
 

@@ -11,6 +11,9 @@ from torch import nn
 
 from ...frontends.capture import capture
 from ...graph.program import Program
+from ...passes.base import Pass, Pipeline
+from ...passes.remove_blocks import RemoveBlocks
+from ...passes.remove_channels import RemoveChannels
 from .cache_models import DDPM_CIFAR, DDPM_LSUN, unconditional
 
 DIFF, ISOMORPHIC, DEPGRAPH = "arXiv 2305.10924", "arXiv 2407.04616", "arXiv 2301.12900, its repository"
@@ -43,6 +46,15 @@ class Setting:
     note: str = ""
     seeds: int = 1
     blocks: Mapping[str, Any] | None = None
+
+    def at_random(self, program: Program, seed: int) -> Program:
+        """Return what is left of ``program`` with random scores."""
+        if self.options is None:
+            return program
+        steps: list[Pass] = [RemoveChannels(criterion="random", seed=seed, **self.options)]
+        if self.blocks is not None:
+            steps.append(RemoveBlocks(criterion="random", seed=seed, **self.blocks))
+        return Pipeline(steps)(program).program
 
 
 @dataclass(frozen=True)
