@@ -27,8 +27,8 @@ class LearnLayerCache(Pass):
         evaluations: Of a sampling run; the plan is for runs of this length.
         per_step: Evaluations that the solver makes a step, 1 or 2; every second evaluation is a cheap one.
         rounds: Sampling runs to train on.
-        lam: Price of a computed branch, in units of the mean squared difference; null takes 1 % of that difference when
-            every branch is reused.
+        lam: Price of a computed branch, in units of the mean squared difference; null takes ``lam_of_all_reused``.
+        lam_of_all_reused: The price as a share of that difference when every branch is reused.
         lr: Of AdamW.
         threshold: A branch is computed where its gate is above this.
         seed: Of the first gates and of the sampling runs.
@@ -42,6 +42,7 @@ class LearnLayerCache(Pass):
     per_step: int = 1
     rounds: int = 200
     lam: float | None = None
+    lam_of_all_reused: float = 0.01
     lr: float = 0.1
     threshold: float = 0.1
     seed: int = 0
@@ -88,6 +89,7 @@ class LearnLayerCache(Pass):
             evaluations=self.evaluations,
             cheap=alternating(self.evaluations, self.per_step),
             lam=self.lam,
+            lam_of_all_reused=self.lam_of_all_reused,
             lr=self.lr,
             rounds=self.rounds,
             seed=self.seed,

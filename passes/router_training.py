@@ -21,17 +21,16 @@ from .sampling_runs import Evaluation, Sample, mean_squared, require_picture, sa
 FOLLOW = ("teacher", "student", "thresholded")
 # What is compared: results of the model at each cheap evaluation, or what the whole run draws.
 OBJECTIVES = ("result", "picture")
-# Default of `lam`, as a share of the mean squared difference when every branch is reused.
-LAM_SHARE = 0.01
 CHECKPOINT = "graphwright layer router training"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training is repeated with; ``lam`` as it was asked for."""
+    """What a training is repeated with; ``lam`` and ``lam_of_all_reused`` as they were asked for."""
 
     cheap: tuple[int, ...]
     lam: float | None
+    lam_of_all_reused: float
     lr: float
     weight_decay: float
     seed: int
@@ -52,8 +51,15 @@ class Settings:
             )
         if self.follow not in FOLLOW:
             raise PreconditionError(f"follow must be one of {', '.join(FOLLOW)}, got {self.follow!r}")
-        if not self.lr > 0 or (self.lam is not None and not self.lam >= 0):
-            raise PreconditionError(f"lr must be above 0 and lam 0 or more, got lr {self.lr} and lam {self.lam}")
+        if (
+            not self.lr > 0
+            or (self.lam is not None and not self.lam >= 0)
+            or not 0 <= self.lam_of_all_reused < math.inf
+        ):
+            raise PreconditionError(
+                f"lr must be above 0, lam and lam_of_all_reused 0 or more, got lr {self.lr}, lam {self.lam} and "
+                f"lam_of_all_reused {self.lam_of_all_reused}"
+            )
         if len(self.weights) != len(self.cheap) or not all(0 <= weight < math.inf for weight in self.weights):
             raise PreconditionError(
                 f"weights must be {len(self.cheap)} numbers of 0 or more, one for each cheap evaluation, got {self.weights}"
@@ -85,7 +91,7 @@ class Training:
         """Price of an open gate."""
         if self.settings.lam is not None:
             return self.settings.lam
-        return LAM_SHARE * self.weighted_all_reused
+        return self.settings.lam_of_all_reused * self.weighted_all_reused
 
     @property
     def scale(self) -> float:

@@ -45,6 +45,7 @@ def train_layer_router(
     evaluations: int,
     cheap: Sequence[int] | None = None,
     lam: float | None = None,
+    lam_of_all_reused: float = 0.01,
     lr: float = 0.1,
     weight_decay: float = 0.0,
     rounds: int = 200,
@@ -72,7 +73,9 @@ def train_layer_router(
             and the objective ``picture`` only.
         evaluations: Of a run: its steps, or twice as many for a solver that evaluates twice a step.
         cheap: Numbers of the evaluations that may reuse; by default every second one, ``alternating(evaluations)``.
-        lam: Price of an open gate. None takes 0.01 of the mean (weighted) squared difference when every branch is reused.
+        lam: Price of an open gate, in units of the mean (weighted) squared difference. None takes ``lam_of_all_reused``.
+        lam_of_all_reused: The price as a share of that difference when every branch is reused, which means the same
+            for every model: a higher one lets go of more branches.
         lr: Of AdamW, the most that a logit moves in a round. The paper's text says 0.01 and its published routers 0.001,
             with about two thousand steps for each evaluation; give as many ``rounds`` with these.
         weight_decay: Of AdamW.
@@ -102,7 +105,20 @@ def train_layer_router(
     """
     places = require_cheap(evaluations, alternating(evaluations) if cheap is None else cheap)
     weighted = (1.0,) * len(places) if weights is None else tuple(float(weight) for weight in weights)
-    settings = Settings(places, lam, lr, weight_decay, seed, clamp, follow, threshold, evaluations, weighted, objective)
+    settings = Settings(
+        places,
+        lam,
+        lam_of_all_reused,
+        lr,
+        weight_decay,
+        seed,
+        clamp,
+        follow,
+        threshold,
+        evaluations,
+        weighted,
+        objective,
+    )
     training = Training(gated_program(program), settings, program.name)
     resumed = resume and checkpoint is not None and Path(checkpoint).is_file()
     if resumed and checkpoint is not None:

@@ -72,6 +72,45 @@ def test_other_inputs_are_refused_in_one_sentence(program, args, kwargs, message
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["position", "name", "other order"])
+@pytest.mark.parametrize(
+    ("x", "time", "message"),
+    [
+        (X.double(), T, "input 'x' must have dtype torch.float32, got torch.float64"),
+        (torch.zeros(3, 5), T, r"input 'x' must have shape \[.*4\], got \[3, 5\]"),
+        ([X, X], T, "input 'x' of Net was captured as one value, got list"),
+        (X, None, "input 'time' must be a tensor, got NoneType"),
+    ],
+)
+def test_a_form_of_call_that_came_before_is_looked_at_again(net, program, form: str, x, time, message: str) -> None:
+    def call(x: Any, time: Any) -> Any:
+        match form:
+            case "position":
+                return program(x, time, return_dict=False)
+            case "name":
+                return program(x=x, time=time, return_dict=False)
+        return program(return_dict=False, time=time, x=x)
+
+    for inputs in ((X, T), (X + 1, T), (torch.randn(5, 4), T * 3)):
+        assert torch.equal(call(*inputs)[0], net(*inputs, return_dict=False)[0])
+    with pytest.raises(gw.InputError, match=message):
+        call(x, time)
+    with pytest.raises(gw.InputError, match="'return_dict' was captured as the constant False, got 0"):
+        program(X, T, return_dict=0)
+    assert torch.equal(call(X, T)[0], net(X, T, return_dict=False)[0])
+
+
+def test_a_form_of_call_is_forgotten_when_the_inputs_become_others(net) -> None:
+    program = gw.capture(net, (X[:2], T), {"return_dict": False})
+    want = program(X, T, return_dict=False)[0]
+    other = gw.capture(net, (X[:2], T, B[:2]), {"return_dict": False})
+    for name in ("graph_module", "inputs", "in_spec", "guards", "example"):
+        setattr(program, name, getattr(other, name))
+    with pytest.raises(gw.InputError, match="input 'bias' must be a tensor"):
+        program(X, T, return_dict=False)
+    assert torch.equal(program(X, T, B, return_dict=False)[0], want + B)
+
+
 def test_the_signature_is_saved(program, tmp_path) -> None:
     gw.save_program(program, tmp_path / "p")
     loaded = gw.load_program(tmp_path / "p")

@@ -45,7 +45,9 @@ def test_a_higher_price_removes_more_and_so_does_a_higher_threshold(
     program: gw.Program, learned: gw.LayerRouter
 ) -> None:
     assert learned.settings["lam_of_all_reused"] == pytest.approx(0.01)
-    dear = train(program, rounds=40, lam=10 * learned.settings["lam"])
+    dear = train(program, rounds=40, lam_of_all_reused=0.1)
+    assert dear.settings["lam"] == pytest.approx(10 * learned.settings["lam"])
+    assert dear.settings["lam_of_all_reused"] == pytest.approx(0.1)
     free = train(program, rounds=25, lam=0.0)
     assert taken(free, 0.5) < taken(learned, 0.5) < taken(dear, 0.5)
     counts = [taken(learned, threshold) for threshold in (0.02, 0.1, 0.5, 0.9, 0.98)]
@@ -237,7 +239,9 @@ def too_short(denoise: Callable[..., Tensor], generator: torch.Generator) -> Non
         (sample, {"evaluations": 8}, "called the denoiser 9 times or more in a run, and the schedule is for 8"),
         (sample, {"cheap": (0, 2)}, "since evaluation 0 is full"),
         (sample, {"follow": "both"}, "follow must be one of teacher, student, thresholded"),
-        (sample, {"lam": -1.0}, "lam 0 or more"),
+        (sample, {"lam": -1.0}, "lam and lam_of_all_reused 0 or more, .* lam -1.0"),
+        (sample, {"lam_of_all_reused": -0.1}, "lam_of_all_reused -0.1"),
+        (sample, {"lam_of_all_reused": float("nan")}, "lam_of_all_reused nan"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(

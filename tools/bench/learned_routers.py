@@ -1,11 +1,11 @@
 """``graphwright bench learned-routers``: a router that learned on ``builtin:digits-dit``, beside others of its size.
 
-    graphwright bench learned-routers [--seeds 5] [--steps 20] [--out FILE] [--json]
+    graphwright bench learned-routers [--seeds 5] [--steps 20] [--price 0.01] [--out FILE] [--json]
 
 DDIM runs with guidance 2; every second evaluation may reuse any of 12 branches. A router learns in 100 rounds of 8 digits
-(Learning-to-Cache, arXiv 2406.01733); the others reuse as many branches: those whose gates 80 rounds with the pictures for
-objective close furthest, those that change least, spread evenly over evaluations and network ("uniform"), from its top or its
-bottom, or at random. A seed is of the training, of the random choice and of the noise.
+(Learning-to-Cache, arXiv 2406.01733), at a price that says how many branches it keeps; the others reuse as many branches: those
+whose gates 80 rounds with the pictures for objective close furthest, those that change least, spread evenly over evaluations and
+network ("uniform"), from its top or its bottom, or at random. A seed is of the training, of the random choice and of the noise.
 
 *Error* is the mean squared difference of a cheap evaluation from the full model's in runs of other noise; *pictures* the root
 mean squared difference of 512 digits from those of the model without a cache; with their Frechet distance to the real digits.
@@ -19,6 +19,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ from .cache_rows import Row, Rows
 
 # Random routers whose error is measured, and how many of them draw pictures.
 SEEDS, RANDOM, DRAWN = 5, 20, 3
-STEPS, PICTURES = 20, 512
+STEPS, PICTURES, PRICE = 20, 512, 0.01
 LEARNED, PICTURED = "learned", "learned from pictures"
 METRICS = ("error", "pictures", "frechet")
 ROUNDS, PICTURE_ROUNDS, DIGITS, RATE, THRESHOLD = 100, 80, 8, 0.1, 0.1
@@ -51,15 +52,14 @@ ROUNDS, PICTURE_ROUNDS, DIGITS, RATE, THRESHOLD = 100, 80, 8, 0.1, 0.1
 WINS = (*((LEARNED, metric) for metric in METRICS), *((PICTURED, metric) for metric in METRICS[1:]))
 
 
-def seed_rows(bed: Bed, seed: int) -> list[Row]:
+def seed_rows(bed: Bed, seed: int, price: float = PRICE) -> list[Row]:
     """Return one row for each router of a seed, and one for the model without a cache."""
     program, sample = bed.program, sampling(DIGITS, bed.steps, GUIDANCE)
-    learned = train_layer_router(
-        program, sample, evaluations=bed.steps, lr=RATE, rounds=ROUNDS, seed=seed, threshold=THRESHOLD
+    train = partial(
+        train_layer_router, program, sample, evaluations=bed.steps, lr=RATE, seed=seed, lam_of_all_reused=price
     )
-    pictured = train_layer_router(
-        program, sample, evaluations=bed.steps, lr=RATE, rounds=PICTURE_ROUNDS, seed=seed, objective="picture"
-    )
+    learned = train(rounds=ROUNDS, threshold=THRESHOLD)
+    pictured = train(rounds=PICTURE_ROUNDS, objective="picture")
     removed = sum(learned.removed().values())
     changes = branch_changes(program, sample, learned, seed=1000 + seed)
     drawn = [random_router(learned, removed, RANDOM * seed + i) for i in range(RANDOM)]
@@ -102,11 +102,12 @@ def _module(bed: Bed, router: LayerRouter) -> torch.nn.Module:
     return Pipeline([router.layer_cache()])(bed.program).plan.module()
 
 
-def run(seeds: int, rows: Rows, steps: int = STEPS) -> Iterator[Row]:
+def run(seeds: int, rows: Rows, steps: int = STEPS, price: float = PRICE) -> Iterator[Row]:
     """Yield the rows of every seed."""
     bed = Bed("digits-dit", steps, PICTURES)
     for seed in range(seeds):
-        yield from rows.unit("digits-dit", f"{steps} steps, seed {seed}", lambda seed=seed: seed_rows(bed, seed))
+        at = f"{steps} steps, " + ("" if price == PRICE else f"price {price}, ") + f"seed {seed}"
+        yield from rows.unit("digits-dit", at, lambda seed=seed: seed_rows(bed, seed, price))
 
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:
@@ -145,17 +146,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="graphwright bench learned-routers", description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler")
+    parser.add_argument("--price", type=float, default=PRICE, help="of a computed branch: lam_of_all_reused")
     parser.add_argument("--out", type=Path, help="file of rows; a run that was stopped goes on from it")
     parser.add_argument("--json", action="store_true", help="one object a row instead of a table")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = []
-    for row in run(options.seeds, Rows(options.out, machine()), options.steps):
+    for row in run(options.seeds, Rows(options.out, machine()), options.steps, options.price):
         found.append(row)
         if options.json:
             print(json.dumps(row), flush=True)
     if not options.json:
         headers = ["router", "reused", "MACs", "error", "pictures", "Frechet distance"]
         headers += [f"{whose} better by {column}" for whose, column in WINS]
-        render.print_table(f"digits-dit, {options.steps} steps, {PICTURES} pictures", headers, summary(found))
+        render.print_table(
+            f"digits-dit, {options.steps} steps, price {options.price}, {PICTURES} pictures", headers, summary(found)
+        )
     return 0
