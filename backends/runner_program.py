@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.fx import Node
@@ -17,14 +17,20 @@ from ..graph.schedules import REFRESH
 from ..graph.schedules import decode as decode_schedule
 from .flat import FlatProgram
 
-Runner = Callable[..., Sequence[Tensor]]
+
+class Runner(Protocol):
+    """What opened an export."""
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run on tensors that fit the export's inputs, in order; return its outputs."""
+        ...
 
 
 class RunnerProgram(Evaluable):
     """Calls an export with the inputs of the captured module, and returns what that returns.
 
     Args:
-        runner: Takes the tensors among the flat inputs, in order, and returns the tensors among the flat outputs.
+        runner: Of the tensors among the flat inputs and outputs.
         facts: What the manifest says of the export, with what `call_facts` adds.
     """
 
@@ -47,7 +53,8 @@ class RunnerProgram(Evaluable):
             InputError: An input is missing, unknown, or has another type, dtype or shape than captured.
         """
         leaves = self.flatten(*args, **kwargs)
-        tensors = iter(self.runner(*(leaf for leaf, spec in zip(leaves, self.inputs, strict=True) if spec.is_tensor)))
+        given = [leaf for leaf, spec in zip(leaves, self.inputs, strict=True) if spec.is_tensor]
+        tensors = iter(self.runner.run(given))
         return self.unflatten([next(tensors) if known is None else known[0] for known in self._constants])
 
     def module(self) -> nn.Module:

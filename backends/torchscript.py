@@ -189,10 +189,14 @@ class TorchScriptRunner:
             InputError: An input is missing, unknown, or has another dtype or shape than was traced.
         """
         given = bind_inputs("TorchScript", self.input_names, args, kwargs)
-        for entry in self.manifest["inputs"]:
-            _check_input(entry, given[entry["name"]])
+        return self.run(list(given.values()))
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run on tensors in the order of `input_names`; see `__call__`."""
+        for entry, tensor in zip(self.manifest["inputs"], tensors, strict=True):
+            _check_input(entry, tensor)
         with torch.no_grad():
-            return tuple(self._module(*(value.to(self.device) for value in given.values())))
+            return tuple(self._module(*(tensor.to(self.device) for tensor in tensors)))
 
 
 def _check_input(entry: Mapping[str, Any], value: object) -> None:

@@ -68,6 +68,7 @@ class PlanModule(nn.Module):
         super().__init__()
         self.stages = nn.ModuleDict({name: stage.program.module() for name, stage in plan.stages.items()})
         self.__dict__["plan"] = plan
+        self._time = next(i for i, spec in enumerate(plan.inputs) if spec.name == plan.timestep)
         self._clock, self._ascending = clock, ascending
         self._runs: dict[str, Run] = {}
         self._context = ""
@@ -132,7 +133,7 @@ class PlanModule(nn.Module):
 
     def _at(self, plan: Staged[Any], leaves: list[Any]) -> Run:
         """Return the run that an evaluation belongs to, a new one or the one there is."""
-        time = leaves[next(i for i, spec in enumerate(plan.inputs) if spec.name == plan.timestep)]
+        time = leaves[self._time]
         run = self._runs.get(self._context)
         grid = self._clock() if self._clock is not None else None
         place = _place(time, grid)
@@ -141,7 +142,7 @@ class PlanModule(nn.Module):
             run = Run(grid=grid, first=place)
             _require_length(plan, len(grid) - place)
         elif run is None or not known:
-            run = self._by_time(plan, run, float(time.reshape(-1)[0]), grid)
+            run = self._by_time(plan, run, float(time[(0,) * time.dim()]), grid)
         elif place is None or run.first is None or place - run.first != run.index:
             raise InputError(
                 f"evaluation {run.index} of {plan.name} is not at the next time of its pipeline's sampler; a pipeline of "

@@ -24,7 +24,7 @@ OBJECTIVES = ("result", "picture")
 CHECKPOINT = "graphwright layer router training"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a training is repeated with; ``lam`` and ``lam_of_all_reused`` as they were asked for."""
 

@@ -106,18 +106,18 @@ def train_layer_router(
     places = require_cheap(evaluations, alternating(evaluations) if cheap is None else cheap)
     weighted = (1.0,) * len(places) if weights is None else tuple(float(weight) for weight in weights)
     settings = Settings(
-        places,
-        lam,
-        lam_of_all_reused,
-        lr,
-        weight_decay,
-        seed,
-        clamp,
-        follow,
-        threshold,
-        evaluations,
-        weighted,
-        objective,
+        cheap=places,
+        lam=lam,
+        lam_of_all_reused=lam_of_all_reused,
+        lr=lr,
+        weight_decay=weight_decay,
+        seed=seed,
+        clamp=clamp,
+        follow=follow,
+        threshold=threshold,
+        evaluations=evaluations,
+        weights=weighted,
+        objective=objective,
     )
     training = Training(gated_program(program), settings, program.name)
     resumed = resume and checkpoint is not None and Path(checkpoint).is_file()

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,9 @@ def test_arrays_names_and_strided_tensors_are_taken(model: nn.Module, runner: On
         torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-6)
 
 
-def test_outputs_live_on_after_other_calls_and_the_session(model: nn.Module, directory: Path) -> None:
-    runner = OnnxRunner(directory, ["cpu"])
+@pytest.mark.parametrize("io_binding", [True, False])
+def test_outputs_live_on_after_other_calls_and_the_session(directory: Path, io_binding: bool) -> None:
+    runner = OnnxRunner(directory, ["cpu"], io_binding)
     values = inputs()
     first = runner(*values)
     kept = [tensor.clone() for tensor in first]
@@ -104,9 +106,11 @@ def test_outputs_live_on_after_other_calls_and_the_session(model: nn.Module, dir
     assert torch.equal(first[0], kept[0] + 1)
 
 
-def test_bound_inputs_are_read_in_place(runner: OnnxRunner) -> None:
+@pytest.mark.parametrize("io_binding", [True, False])
+def test_inputs_are_read_in_place(directory: Path, io_binding: bool) -> None:
     """The address that the session gets is that of the caller's tensor."""
     seen: dict[str, int] = {}
+    runner = OnnxRunner(directory, ["cpu"], io_binding)
     session = runner.session
 
     class Spy:
@@ -127,13 +131,29 @@ def test_bound_inputs_are_read_in_place(runner: OnnxRunner) -> None:
         def run_with_iobinding(self, spy: Spy) -> None:
             session.run_with_iobinding(spy.binding)
 
+        def run(self, names: Sequence[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            seen.update((name, array.ctypes.data) for name, array in feed.items())
+            return session.run(names, feed)
+
     ids, bias, keep = inputs()
     runner.session = Session()
-    try:
-        runner(ids, bias, keep)
-    finally:
-        runner.session = session
+    runner(ids, bias, keep)
     assert seen == {"ids": ids.data_ptr(), "cond.bias": bias.data_ptr(), "cond.keep": keep.data_ptr()}
+
+
+def test_bfloat16_is_bound_as_arrays_have_no_such_type(tmp_path: Path) -> None:
+    kind = onnx.TensorProto.BFLOAT16
+    ends = [onnx.helper.make_tensor_value_info(name, kind, [2]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "same", ends[:1], ends[1:])
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(made, tmp_path / "same.onnx")
+    entry = {"dtype": "bfloat16", "shape": [2]}
+    facts = {"inputs": [{"name": "x", **entry}], "outputs": [{"name": "y", **entry}]}
+    value = torch.tensor([1.5, -3.0], dtype=torch.bfloat16)
+    (got,) = OnnxRunner.of_file(tmp_path / "same.onnx", facts, ["cpu"])(value)
+    assert got.dtype is torch.bfloat16 and torch.equal(got, value)
+    with pytest.raises(InputError, match="NumPy has no bfloat16; open this export with io_binding=True"):
+        OnnxRunner.of_file(tmp_path / "same.onnx", facts, ["cpu"], io_binding=False)
 
 
 def test_empty_batch_runs(runner: OnnxRunner) -> None:

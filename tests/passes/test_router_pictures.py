@@ -43,7 +43,20 @@ def test_gradients_are_finite_differences_of_the_pictures_error() -> None:
         return sample(lambda x, time: denoise(x.double(), time.double()), generator)
 
     cheap = (1, 3, 5, 7, 9)
-    settings = Settings(cheap, 0.0, 0.1, 0.0, 0, None, "teacher", 0.1, STEPS, (1.0,) * 5, "picture")
+    settings = Settings(
+        cheap=cheap,
+        lam=0.0,
+        lam_of_all_reused=0.01,
+        lr=0.1,
+        weight_decay=0.0,
+        seed=0,
+        clamp=None,
+        follow="teacher",
+        threshold=0.1,
+        evaluations=STEPS,
+        weights=(1.0,) * 5,
+        objective="picture",
+    )
     training = Training(gated_program(program), settings, "Transformer")
     gates = [torch.full((8,), 0.6, dtype=torch.float64, requires_grad=True) for _ in cheap]
 

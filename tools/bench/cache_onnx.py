@@ -37,7 +37,7 @@ from .cache_rows import Row, Rows
 MOST_DIFFERENT = 1e-4
 # Of the speed-up that multiply-accumulates say.
 LEAST = 0.9
-REPEATS = 7
+REPEATS = 15
 CPU = ["cpu"]
 
 
