@@ -79,6 +79,7 @@ class OnnxRunner:
         Raises:
             ArtifactError: The directory holds no complete export, or ONNX Runtime does not load it.
             ProviderError: ONNX Runtime or a requested provider does not work.
+            InputError: ``io_binding`` is False and an input or output is bfloat16.
         """
         manifest = read_manifest(directory, MANIFEST_FILE, KIND, FORMAT_VERSION)
         self._open(
@@ -223,7 +224,6 @@ def _bind_input(binding: Any, name: str, tensor: Tensor) -> None:
 
 def _as_tensor(value: Any) -> Tensor:
     """Return the session's output as a tensor over the same memory, which the tensor keeps alive."""
-    # From the capsule itself: what asks the object for its device first takes several times as long.
-    tensor = torch.from_dlpack((value if hasattr(value, "__dlpack__") else value._ortvalue).__dlpack__())
+    tensor = torch.from_dlpack(value if hasattr(value, "__dlpack__") else value._ortvalue)
     # Older runtimes hand out booleans as bytes.
     return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" and tensor.dtype is not torch.bool else tensor

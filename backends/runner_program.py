@@ -30,7 +30,7 @@ class RunnerProgram(Evaluable):
     """Calls an export with the inputs of the captured module, and returns what that returns.
 
     Args:
-        runner: Of the tensors among the flat inputs and outputs.
+        runner: Takes and returns the tensors among the flat inputs and outputs.
         facts: What the manifest says of the export, with what `call_facts` adds.
     """
 

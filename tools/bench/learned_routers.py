@@ -106,7 +106,7 @@ def run(seeds: int, rows: Rows, steps: int = STEPS, price: float = PRICE) -> Ite
     """Yield the rows of every seed."""
     bed = Bed("digits-dit", steps, PICTURES)
     for seed in range(seeds):
-        at = f"{steps} steps, " + ("" if price == PRICE else f"price {price}, ") + f"seed {seed}"
+        at = f"{steps} steps, price {price}, seed {seed}"
         yield from rows.unit("digits-dit", at, lambda seed=seed: seed_rows(bed, seed, price))
 
 
