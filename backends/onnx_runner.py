@@ -159,8 +159,7 @@ class OnnxRunner:
                     f"input '{name}' is on {tensor.device}, this session runs on {self.device}; move the tensor, or open "
                     "the export with the provider and device_id of that device"
                 )
-        ready = [tensor.detach().contiguous() for tensor in tensors]
-        return self._run_bound(ready) if self.io_binding else self._run_arrays(ready)
+        return self._run_bound(tensors) if self.io_binding else self._run_arrays(tensors)
 
     def _check_shapes(self, inputs: Mapping[str, Tensor]) -> None:
         sizes: dict[str, int] = {}
@@ -173,7 +172,8 @@ class OnnxRunner:
                 raise InputError(f"input '{name}' must have shape [{', '.join(map(str, want))}], got {got}")
         check_labels((e["name"], e["shape"], inputs[e["name"]].shape) for e in self.manifest["inputs"])
 
-    def _run_bound(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _run_bound(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        inputs = [tensor.detach().contiguous() for tensor in tensors]
         binding = self.session.io_binding()
         for name, tensor in zip(self.input_names, inputs, strict=True):
             _bind_input(binding, name, tensor)
@@ -188,7 +188,7 @@ class OnnxRunner:
         return tuple(_as_tensor(value) for value in binding.get_outputs())
 
     def _run_arrays(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        feed = {name: tensor.cpu().numpy() for name, tensor in zip(self.input_names, inputs, strict=True)}
+        feed = {name: tensor.numpy(force=True) for name, tensor in zip(self.input_names, inputs, strict=True)}
         return tuple(torch.from_numpy(value) for value in self.session.run(self.output_names, feed))
 
 

@@ -46,20 +46,15 @@ class RunnerProgram(Evaluable):
         self.runner = runner
         self._constants = [None if entry is None else (decode(entry["constant"]),) for entry in facts["results"]]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on the inputs of the captured module's ``forward``; return what it returns.
-
-        Raises:
-            InputError: An input is missing, unknown, or has another type, dtype or shape than captured.
-        """
-        leaves = self.flatten(*args, **kwargs)
+    def evaluate(self, leaves: Sequence[Any]) -> Any:
+        """Run on inputs as `flatten` returns them; see `Evaluable`."""
         given = [leaf for leaf, spec in zip(leaves, self.inputs, strict=True) if spec.is_tensor]
         tensors = iter(self.runner.run(given))
         return self.unflatten([next(tensors) if known is None else known[0] for known in self._constants])
 
-    def module(self) -> nn.Module:
-        """Return an ``nn.Module`` with the original's call signature; it has no parameters."""
-        return _RunnerModule(self)
+    def module(self, flat: bool = False) -> nn.Module:
+        """Return an ``nn.Module`` with the original's call signature; it has no parameters. For ``flat`` see `Evaluable`."""
+        return _FlatModule(self) if flat else _RunnerModule(self)
 
 
 class _RunnerModule(nn.Module):
@@ -70,6 +65,11 @@ class _RunnerModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["program"](*args, **kwargs)
+
+
+class _FlatModule(_RunnerModule):
+    def forward(self, *leaves: Any) -> Any:
+        return self.__dict__["program"].evaluate(leaves)
 
 
 def call_facts(program: Program, flat: FlatProgram) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .encoding import decode, encode
 from .errors import InputError
 from .guards import check_guards
+from .known_calls import KnownCalls, Places
 from .signature import Argument, Signature, arranged
 from .signature import decode as decode_signature
 from .signature import encode as encode_signature
@@ -102,12 +103,16 @@ class CallForm:
         Raises:
             InputError: An input is missing, unknown, or has another type, dtype or shape than captured.
         """
-        leaves = None if torch.compiler.is_compiling() else self._known_call(args, kwargs)
-        if leaves is None:
+        if torch.compiler.is_compiling():
+            return self._checked(args, kwargs)
+        known = self._known_calls()
+        leaves, form = known.look(args, kwargs, self._places)
+        if not known.holds(form):
             leaves = self._checked(args, kwargs)
-        if self.guards:
-            sizes = {s.name: v.shape for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor}
-            check_guards(self.name, self.guards, sizes)
+            if form is not None and all(
+                s.is_tensor or v is s.constant for s, v in zip(self.inputs, leaves, strict=True)
+            ):
+                known.remember(form)
         return leaves
 
     def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -120,29 +125,20 @@ class CallForm:
         labels: dict[str, int] = {}
         if not all(spec.fits(leaf, labels) for spec, leaf in zip(self.inputs, leaves, strict=True)):
             self._explain(leaves)
+        if self.guards:
+            sizes = {s.name: v.shape for s, v in zip(self.inputs, leaves, strict=True) if s.is_tensor}
+            check_guards(self.name, self.guards, sizes)
         return leaves
 
-    def _known_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
-        """Return the leaves of a call of a form that came before, None if there is anything to look at closely.
+    def _known_calls(self) -> KnownCalls:
+        """Return what is known of calls that came before, as long as the form is the one that it was found out for."""
+        of = (self.name, self.signature, self.in_spec, self.inputs, self.guards)
+        known = self.__dict__.get("_calls")
+        if known is None or not known.stands_for(of):
+            known = self.__dict__["_calls"] = KnownCalls(of)
+        return known
 
-        Arranging inputs takes longer than a small network, and callers give them in the same way at every call.
-        """
-        of = (self.signature, self.in_spec)
-        known = self.__dict__.get("_call_forms")
-        if known is None or known[0][0] is not of[0] or known[0][1] is not of[1]:
-            known = self.__dict__["_call_forms"] = (of, {})
-        key = (len(args), *kwargs)
-        if key not in known[1]:
-            known[1][key] = self._places(len(args), kwargs)
-        places = known[1][key]
-        if places is None:
-            return None
-        given = (*args, *kwargs.values())
-        leaves = [given[place] if isinstance(place, int) else place[0] for place in places]
-        labels: dict[str, int] = {}
-        return leaves if all(s.fits(leaf, labels) for s, leaf in zip(self.inputs, leaves, strict=True)) else None
-
-    def _places(self, count: int, names: Iterable[str]) -> list[int | tuple[Any]] | None:
+    def _places(self, count: int, names: Iterable[str]) -> Places | None:
         """Return where each leaf comes from when every input is one: a place among those given, or a default."""
         marks = [object() for _ in (*range(count), *names)]
         try:
@@ -164,7 +160,7 @@ class CallForm:
 
     def unflatten(self, values: Sequence[Any]) -> Any:
         """Return flat outputs in the structure of the module's result."""
-        return pytree.tree_unflatten(list(values), self.out_spec)
+        return self.out_spec.unflatten(values)
 
     def _arguments(self) -> list[tuple[str, pytree.TreeSpec]]:
         """Return name and structure of every positional argument, then of every keyword argument."""
@@ -221,17 +217,25 @@ class CallForm:
 class Evaluable(CallForm, ABC):
     """A `CallForm` that computes."""
 
-    @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the inputs of the captured module's ``forward``; return what it returns.
 
         Raises:
             InputError: See `flatten`.
         """
+        return self.evaluate(self.flatten(*args, **kwargs))
 
     @abstractmethod
-    def module(self) -> nn.Module:
-        """Return an ``nn.Module`` with the original's call signature."""
+    def evaluate(self, leaves: Sequence[Any]) -> Any:
+        """Run on inputs as `flatten` returns them, which are not checked again; return what the module returns."""
+
+    @abstractmethod
+    def module(self, flat: bool = False) -> nn.Module:
+        """Return an ``nn.Module`` with the original's call signature.
+
+        Args:
+            flat: Let its ``forward`` take what `flatten` returns, as positional inputs, and check nothing.
+        """
 
 
 @dataclass

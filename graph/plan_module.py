@@ -66,9 +66,15 @@ class PlanModule(nn.Module):
         self, plan: Staged[Any], clock: Callable[[], Sequence[Any]] | None = None, ascending: bool = False
     ) -> None:
         super().__init__()
-        self.stages = nn.ModuleDict({name: stage.program.module() for name, stage in plan.stages.items()})
+        self.stages = nn.ModuleDict({name: stage.program.module(flat=True) for name, stage in plan.stages.items()})
         self.__dict__["plan"] = plan
         self._time = next(i for i, spec in enumerate(plan.inputs) if spec.name == plan.timestep)
+        # In the order of the stage's inputs, of which the first are the denoiser's.
+        self._reads = {
+            name: tuple(spec.name for spec in stage.program.inputs[len(plan.inputs) :])
+            for name, stage in plan.stages.items()
+        }
+        self._checked: set[tuple[str, Signature]] = set()
         self._clock, self._ascending = clock, ascending
         self._runs: dict[str, Run] = {}
         self._context = ""
@@ -92,13 +98,18 @@ class PlanModule(nn.Module):
             name, stage = REFRESH, plan.stages[REFRESH]
         # A run is known again only once its evaluation is through.
         self._runs.pop(self._context)
-        registers = {register: _value(run.registers[register], run.index) for register in stage.reads}
-        result, written = plan.split(name, self.stages[name](*args, **kwargs, **registers))
+        registers = {register: _value(run.registers[register], run.index) for register in self._reads[name]}
+        if registers and (name, shapes) not in self._checked:
+            # Shapes of registers follow from those of the inputs, so to check them once for these is enough.
+            stage.program.flatten(*args, **kwargs, **registers)
+            self._checked.add((name, shapes))
+        result, written = plan.split(name, self.stages[name](*leaves, *registers.values()))
         if written and run.shapes != shapes:
             run.registers.clear()
             run.shapes = shapes
         for register, value in written.items():
-            run.registers[register] = [*run.registers.get(register, ()), (run.index, value)][-1 - plan.extrapolation :]
+            before = run.registers.get(register, [])[-plan.extrapolation :] if plan.extrapolation else []
+            run.registers[register] = [*before, (run.index, value)]
         run.index += 1
         run.history.append(name)
         self._runs[self._context] = run
@@ -142,7 +153,7 @@ class PlanModule(nn.Module):
             run = Run(grid=grid, first=place)
             _require_length(plan, len(grid) - place)
         elif run is None or not known:
-            run = self._by_time(plan, run, float(time[(0,) * time.dim()]), grid)
+            run = self._by_time(plan, run, _first(time), grid)
         elif place is None or run.first is None or place - run.first != run.index:
             raise InputError(
                 f"evaluation {run.index} of {plan.name} is not at the next time of its pipeline's sampler; a pipeline of "
@@ -183,6 +194,14 @@ def _value(kept: Sequence[tuple[int, Tensor]], evaluation: int) -> Tensor:
         value = weight * written if value is None else value + weight * written
     assert value is not None
     return value
+
+
+def _first(time: Tensor) -> float:
+    """Return the first value of the tensor of times; a list of all takes less time than to take one of them by itself."""
+    value = time.tolist()
+    while isinstance(value, list):
+        value = value[0]
+    return float(value)
 
 
 def _place(time: Tensor, grid: Any) -> int | None:

@@ -55,14 +55,12 @@ class Program(Evaluable):
     signature: Signature = ()
     version: int = field(default=0, compare=False)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on the inputs of the captured module's ``forward``.
+    def evaluate(self, leaves: Sequence[Any]) -> Any:
+        """Run on inputs as `flatten` returns them; see `Evaluable`.
 
         Raises:
-            InputError: An input is missing, unknown, or has another type, dtype or shape than captured.
             PreconditionError: The program has no weights, only their shapes, and the inputs have values.
         """
-        leaves = self.flatten(*args, **kwargs)
         try:
             flat = self.graph_module(*leaves)
         except RuntimeError as err:
@@ -108,9 +106,9 @@ class Program(Evaluable):
         for name, tensor in owned(names, self.tensors() if names else {}).items():
             set_tensor(self.graph_module, name, tensor)
 
-    def module(self) -> nn.Module:
-        """Return an ``nn.Module`` with the original's call signature and parameter names."""
-        return ProgramModule(self)
+    def module(self, flat: bool = False) -> nn.Module:
+        """Return an ``nn.Module`` with the original's call signature and parameter names; for ``flat`` see `Evaluable`."""
+        return FlatModule(self) if flat else ProgramModule(self)
 
     def changed(self) -> None:
         """Recompile after a rewrite and drop what was cached for the graph before it; `verify` checks the result."""
@@ -144,6 +142,14 @@ class ProgramModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"captured from {self.__dict__['program'].name}"
+
+
+class FlatModule(ProgramModule):
+    """A Program as a module that takes what `Program.flatten` returned."""
+
+    def forward(self, *leaves: Any) -> Any:
+        program: Program = self.__dict__["program"]
+        return program.evaluate(leaves)
 
 
 def tensor_identity(tensor: Tensor) -> Hashable:

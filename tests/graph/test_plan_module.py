@@ -174,6 +174,24 @@ def test_after_an_error_inside_the_next_evaluation_is_a_full_one(program, model,
         torch.testing.assert_close(module(noise(2), torch.tensor(50)), model(noise(2), torch.tensor(50)))
 
 
+def test_a_register_of_another_dtype_is_refused_by_name(program) -> None:
+    module = PlanModule(plan_of(program))
+    with torch.no_grad():
+        module(noise(1), torch.tensor(90))
+        (kept,) = module._runs[""].registers.values()
+        kept[0] = (0, kept[0][1].double())
+        with pytest.raises(gw.InputError, match=r"input 'cached.*' must have dtype torch.float32, got torch.float64"):
+            module(noise(1), torch.tensor(70))
+
+
+def test_hooks_of_stages_are_called(program) -> None:
+    module, seen = PlanModule(plan_of(program)), []
+    for name, stage in module.stages.items():
+        stage.register_forward_hook(lambda *_, name=name: seen.append(name))
+    sampled(module, noise(1))
+    assert seen == list(module.history())
+
+
 def test_reset_begins_anew(program, model) -> None:
     module = PlanModule(plan_of(program))
     with torch.no_grad():

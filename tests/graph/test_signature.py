@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphwright as gw
+from graphwright.graph.known_calls import KnownCalls
 
 
 class Net(nn.Module):
@@ -109,6 +113,60 @@ def test_a_form_of_call_is_forgotten_when_the_inputs_become_others(net) -> None:
     with pytest.raises(gw.InputError, match="input 'bias' must be a tensor"):
         program(X, T, return_dict=False)
     assert torch.equal(program(X, T, B, return_dict=False)[0], want + B)
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, y: Tensor, mode: str = "sum") -> Tensor:
+        return x + y if mode == "sum" else x - y
+
+
+@pytest.fixture
+def batches() -> gw.Program:
+    names = {"x": {0: "batch"}, "y": {0: "batch"}}
+    return gw.capture(Sum(), (torch.ones(3, 4), torch.ones(3, 4)), {"mode": "difference"}, names)
+
+
+def test_sizes_that_belong_together_are_looked_at_in_every_call(batches) -> None:
+    for x, y in ((2, 2), (3, 3), (2, 2)):
+        assert batches(torch.ones(x, 4), torch.ones(y, 4), mode="difference").shape == (x, 4)
+    for x, y in ((2, 3), (3, 2)):
+        with pytest.raises(gw.InputError, match="'batch'"):
+            batches(torch.ones(x, 4), torch.ones(y, 4), mode="difference")
+
+
+def test_constants_are_looked_at_in_every_call_and_by_value(batches) -> None:
+    x = torch.ones(2, 4)
+    for mode in ("difference", "".join(["differ", "ence"])):
+        assert batches(x, x, mode=mode).abs().max() == 0
+    for mode in ("sum", "".join(["s", "um"])):
+        with pytest.raises(gw.InputError, match="'mode' was captured as the constant 'difference', got 'sum'"):
+            batches(x, x, mode=mode)
+
+
+def test_a_copy_of_a_program_knows_no_calls(batches) -> None:
+    x = torch.ones(2, 4)
+    want = batches(x, 2 * x, mode="difference")
+    copied = copy.deepcopy(batches)
+    known = KnownCalls((copied.inputs,))
+    known.remember(("form",))
+    assert known.holds(("form",))
+    assert not copy.deepcopy(known).holds(("form",))
+    assert not pickle.loads(pickle.dumps(KnownCalls(("of",)))).holds(("form",))
+    assert torch.equal(copied(x, 2 * x, mode="difference"), want)
+    with pytest.raises(gw.InputError, match="'mode' was captured as the constant"):
+        copied(x, x, mode="sum")
+
+
+def test_a_trace_with_open_sizes_goes_through(batches) -> None:
+    module, x, y = batches.module(), torch.randn(2, 4), torch.randn(2, 4)
+    module(x, y, mode="difference")
+    traced = make_fx(lambda x, y: module(x, y, mode="difference"), tracing_mode="symbolic")(x, y)
+    assert torch.equal(traced(y, x), y - x)
+
+
+def test_a_flat_module_takes_what_flatten_returned(net, program) -> None:
+    leaves = program.flatten(X, return_dict=False, time=T)
+    assert torch.equal(program.module(flat=True)(*leaves)[0], net(X, T, return_dict=False)[0])
 
 
 def test_the_signature_is_saved(program, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,14 @@ def test_a_run_with_a_list_equals_the_hooks(dit) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert module.history() == ("refresh", "reuse_0", "refresh", "reuse_1", "reuse_0")
     assert float((want - sampled(case.model, case)).abs().max()) > 1e-3
+
+
+def test_registers_may_be_named_in_any_order(dit) -> None:
+    case, program = dit
+    plan = gw.Pipeline([InsertLayerCache(reuse=REUSE)])(program).plan
+    stages = {name: replace(stage, reads=stage.reads[::-1]) for name, stage in plan.stages.items()}
+    assert len(stages["reuse_1"].reads) == 4
+    assert torch.equal(sampled(replace(plan, stages=stages).module(), case), sampled(plan.module(), case))
 
 
 def test_kept_results_of_the_same_evaluation_change_nothing(dit) -> None:
