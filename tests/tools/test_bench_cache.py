@@ -140,8 +140,9 @@ def test_plans_in_onnx_runtime_draw_what_they_draw_in_pytorch() -> None:
         lambda: bed.program,
         lambda m: cache_onnx._digits(bed, m),
         {"N=2": gw.InsertFeatureCache(2, 0)},
+        repeats=1,
     )
-    (row,) = cache_onnx.rows_of(subject, "N=2", repeats=1)
+    (row,) = cache_onnx.rows_of(subject, "N=2")
     full, reuse = (
         cost(stage.program).total_macs
         for stage in gw.Pipeline([gw.InsertFeatureCache()])(bed.program).plan.stages.values()
@@ -149,16 +150,22 @@ def test_plans_in_onnx_runtime_draw_what_they_draw_in_pytorch() -> None:
     assert row["equal"] and row["from_uncached"] > 100 * row["max_difference"]
     assert row["bound"] == pytest.approx(2 * full / (full + reuse))
     assert row["speedup"] == pytest.approx(row["full_s"] / row["ours_s"]) and row["speedup"] > 1
-    names = ["digits-ddpm", "digits-dit", "SD 1.5 at quarter width", "DiT-S/2"]
+    names = [
+        "digits-ddpm, 64 digits",
+        "digits-dit, 64 digits",
+        "digits-dit, 256 digits",
+        "SD 1.5 at quarter width",
+        "DiT-S/2",
+    ]
     assert [s.name for s in cache_onnx.subjects()] == names
 
 
 def test_plans_of_a_transformer_with_labels_in_onnx_runtime() -> None:
     small = cache_onnx.Labels(cache_models.DIT_S_2 | {"num_layers": 2, "sample_size": 8, "num_embeds_ada_norm": 10}, 3)
     subject = cache_onnx.Subject(
-        "tiny", 3, lambda: small.program, small.draw, {"N=2": gw.InsertLayerCache(interval_steps=2)}
+        "tiny", 3, lambda: small.program, small.draw, {"N=2": gw.InsertLayerCache(interval_steps=2)}, repeats=1
     )
-    (row,) = cache_onnx.rows_of(subject, "N=2", repeats=1)
+    (row,) = cache_onnx.rows_of(subject, "N=2")
     assert row["equal"] and row["from_uncached"] > 1e-3
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,8 @@ from .cache_rows import Row, Rows
 MOST_DIFFERENT = 1e-4
 # Of the speed-up that multiply-accumulates say.
 LEAST = 0.9
-REPEATS = 15
+# Runs take seconds; the shorter an evaluation, the more of them it takes to meet one that nothing disturbed.
+REPEATS, REPEATS_OF_SHORT, REPEATS_OF_LONG = 15, 40, 8
 CPU = ["cpu"]
 
 
@@ -51,6 +52,7 @@ class Subject:
         program: Captures it.
         draw: Draws with a model that is called like the denoiser.
         caches: By how the table calls them.
+        repeats: Runs of each.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Subject:
     program: Callable[[], Program]
     draw: Callable[[Model], Tensor]
     caches: dict[str, Pass]
+    repeats: int = REPEATS
 
 
 class Labels:
@@ -101,19 +104,27 @@ class Labels:
         return latents
 
 
-def subjects(steps: int = 50, count: int = 64, sd_steps: int = 10) -> list[Subject]:
-    """Return what is measured."""
-    ddpm, dit, sd = (
-        Bed("digits-ddpm", steps, count),
-        Bed("digits-dit", steps, count),
-        SideBySide(SD_QUARTER, 32, sd_steps),
-    )
-    small = Labels(DIT_S_2, sd_steps)
+def subjects(steps: int = 50, count: int = 64, many: int = 256, sd_steps: int = 10) -> list[Subject]:
+    """Return what is measured: ``count`` digits at a time, and ``many`` where what a call takes by itself counts most."""
+    sd, small = SideBySide(SD_QUARTER, 32, sd_steps), Labels(DIT_S_2, sd_steps)
     feature = {f"DeepCache, branch 0, N={n}": InsertFeatureCache(interval_steps=n, branch=0) for n in (3, 5)}
-    layers = {f"InsertLayerCache, N={n}": InsertLayerCache(interval_steps=n, timestep=dit.names[1]) for n in (2, 3)}
+    layers = {f"InsertLayerCache, N={n}": InsertLayerCache(interval_steps=n, timestep=Labels.names[1]) for n in (2, 3)}
+
+    def digits(name: str, caches: Mapping[str, Pass], count: int, repeats: int) -> Subject:
+        bed = Bed(name, steps, count)
+        return Subject(
+            f"{name}, {count} digits",
+            steps,
+            lambda: bed.program,
+            lambda model: _digits(bed, model),
+            dict(caches),
+            repeats,
+        )
+
     return [
-        Subject("digits-ddpm", steps, lambda: ddpm.program, lambda model: _digits(ddpm, model), dict(feature)),
-        Subject("digits-dit", steps, lambda: dit.program, lambda model: _digits(dit, model), dict(layers)),
+        digits("digits-ddpm", feature, count, REPEATS_OF_SHORT),
+        digits("digits-dit", layers, count, REPEATS_OF_SHORT),
+        digits("digits-dit", layers, many, REPEATS_OF_LONG),
         Subject(
             "SD 1.5 at quarter width", sd_steps, lambda: sd.program, lambda model: _latents(sd, model), dict(feature)
         ),
@@ -132,7 +143,7 @@ def _latents(bed: SideBySide, model: Model) -> Tensor:
     return lane.latents
 
 
-def rows_of(subject: Subject, name: str, repeats: int = REPEATS) -> list[Row]:
+def rows_of(subject: Subject, name: str) -> list[Row]:
     """Measure one cache."""
     program = subject.program()
     plan = Pipeline([subject.caches[name]])(program).plan
@@ -144,7 +155,7 @@ def rows_of(subject: Subject, name: str, repeats: int = REPEATS) -> list[Row]:
         module = load_onnx_plan(Path(folder, "plan"), CPU, threads=1).module()
         full, got = subject.draw(runner), subject.draw(module)
         seconds: dict[str, list[list[float]]] = {"full": [], "plan": []}
-        for _ in range(repeats):
+        for _ in range(subject.repeats):
             for key, model in (("full", runner), ("plan", module)):
                 timed = Timed(model)
                 subject.draw(timed)
