@@ -1,4 +1,4 @@
-"""Clean-up before the ONNX export: calls that the exporter or ONNX Runtime gets wrong become calls that work.
+"""Clean-up before the ONNX export: calls that the exporter or ONNX Runtime gets wrong, or slowly, become calls that work.
 
 Each rule names one operator, says for which calls it is needed, and gives a function with the operator's arguments
 and meaning, written with operators that export. A call that needs the rule gets the function as its target; the
@@ -13,6 +13,9 @@ re-export that follows traces through it. What each rule repairs was seen with t
   ``TopK`` keeps the order of equal values, so its sort is stable.)
 - ``lstm`` with projections: ONNX has none, and the exporter leaves them out.
 - ``topk(sorted=False)``: the CUDA provider needs sorted results.
+- ``einsum`` that only permutes: the ``Einsum`` kernel takes several times as long as a transpose.
+- ``chunk`` and ``split`` of which at most half is read, as of modulations in a program that reuses a branch: ``Split``
+  copies all pieces.
 
 Besides, every ``view`` becomes a ``reshape`` and every attention gives contiguous memory: the strides of a result are
 not always the same when a graph is traced again, and a view that was possible then is not any more.
@@ -20,6 +23,7 @@ not always the same when a graph is traced again, and a view that was possible t
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +61,7 @@ def clean_up(gm: GraphModule) -> dict[str, int]:
         if not isinstance(node.target, OpOverload):
             continue
         rule = SUBSTITUTES.get(node.target)
-        if rule is not None and rule.needed(_recorded_arguments(node)):
+        if rule is not None and (rule.needed(_recorded_arguments(node)) or _is_half_read(node)):
             counts[str(node.target)] += 1
             node.target = rule.function
         else:
@@ -70,6 +74,14 @@ def _recorded_arguments(node: Node) -> dict[str, Any]:
     return {
         name: value.meta["val"] if isinstance(value, Node) else value for name, value in call_arguments(node).items()
     }
+
+
+def _is_half_read(node: Node) -> bool:
+    """Whether at most half of the pieces of a split are read."""
+    if node.target not in SPLITS:
+        return False
+    read = {user.args[1] for user in node.users if user.target is operator.getitem}
+    return len(read) == len(node.users) and 2 * len(read) <= len(node.meta["val"])
 
 
 def _is_one(size: int | torch.SymInt) -> bool:
@@ -162,6 +174,12 @@ def chunk_by_slices(self: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
     return split_by_slices(self, (self.shape[dim] + chunks - 1) // chunks, dim)
 
 
+def permutation(equation: str, tensors: Sequence[Tensor], *, path: Sequence[int] | None = None) -> Tensor:
+    """``einsum`` of one tensor that only permutes its dimensions."""
+    read, _, written = equation.replace(" ", "").partition("->")
+    return tensors[0].permute([read.index(letter) for letter in written])
+
+
 def stable_sort(self: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
     """``sort`` that keeps the order of equal values."""
     return aten.sort.default(self, dim, descending)
@@ -214,6 +232,13 @@ def _splits_dynamically(call: Mapping[str, Any]) -> bool:
     return _is_dynamic(call["self"].shape[call["dim"]])
 
 
+def _only_permutes(call: Mapping[str, Any]) -> bool:
+    read, _, written = call["equation"].replace(" ", "").partition("->")
+    return read.isalpha() and sorted(read) == sorted(written) and len(set(read)) == len(read)
+
+
+SPLITS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
+
 SUBSTITUTES: Mapping[OpOverload, Substitute] = MappingProxyType(
     {
         aten.squeeze.dim: Substitute(_squeezes_nothing, squeeze_nothing),
@@ -222,6 +247,7 @@ SUBSTITUTES: Mapping[OpOverload, Substitute] = MappingProxyType(
         aten.chunk.default: Substitute(_splits_dynamically, chunk_by_slices),
         aten.split.Tensor: Substitute(_splits_dynamically, split_by_slices),
         aten.split_with_sizes.default: Substitute(_splits_dynamically, split_sizes_by_slices),
+        aten.einsum.default: Substitute(_only_permutes, permutation),
         aten.sort.stable: Substitute(lambda call: True, stable_sort),
         aten.lstm.input: Substitute(has_projection, projected_lstm),
         aten.topk.default: Substitute(lambda call: not call["sorted"], sorted_topk),

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from graphwright.backends.flat import flat_program
 from graphwright.backends.onnx_cleanup import ANY_LAYOUT, SUBSTITUTES, clean_up
+from graphwright.backends.onnx_export import export_onnx
+from graphwright.backends.onnx_runner import OnnxRunner
 from graphwright.frontends.capture import capture
 
 aten = torch.ops.aten
@@ -29,6 +31,8 @@ CALLS = [
     (aten.split.Tensor, (normal(7, 2), 3), {}),
     (aten.split.Tensor, (normal(2, 6), 3, 1), {}),
     (aten.split_with_sizes.default, (normal(2, 6), [1, 3, 2], 1), {}),
+    (aten.einsum.default, ("a b c -> cab", [normal(2, 3, 4)]), {}),
+    (aten.einsum.default, ("nhwpqc->nchpwq", [normal(2, 3, 4, 5, 6, 7)]), {}),
     (aten.sort.stable, (TIES,), {"stable": True, "dim": 1}),
     (aten.sort.stable, (TIES,), {"stable": True, "dim": 1, "descending": True}),
     (aten.isin.Tensor_Tensor, (torch.arange(6).reshape(2, 3), torch.tensor([1, 5])), {}),
@@ -96,7 +100,9 @@ class Net(nn.Module):
         return [
             x.squeeze(1) + x.mean(1, keepdim=True).squeeze(1)[:, None],
             torch.cat(x.chunk(2, 0), 1).sum(-1),
-            x.chunk(2, 2)[1],
+            sum(x.chunk(2, 2)),
+            x.chunk(4, 2)[1] + x.chunk(4, 2)[2],
+            torch.einsum("bnc->cbn", x) * torch.einsum("bnc,bmc->b", x, x)[:, None],
             x.split(batch // 2, 0)[0],
             torch.sort(x.round(), dim=2, stable=True)[1],
             torch.topk(x, 2, sorted=False)[0].sum(-1),
@@ -112,7 +118,8 @@ class Net(nn.Module):
 
 COUNTS = {
     "aten.squeeze.dim": 1,
-    "aten.chunk.default": 1,
+    "aten.chunk.default": 3,
+    "aten.einsum.default": 1,
     "aten.split.Tensor": 1,
     "aten.sort.stable": 1,
     "aten.topk.default": 1,
@@ -138,6 +145,33 @@ def test_only_the_calls_that_need_it_are_replaced(program) -> None:
         for want, got in zip(expected, actual, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert clean_up(flat.module) == {}
+
+
+@pytest.mark.parametrize("equation", ["abc->ab", "aac->ac", "a...->...a", "abc", "abc->abcd", "abc->abb"])
+def test_an_einsum_that_does_more_than_permute_stays(equation: str) -> None:
+    assert not SUBSTITUTES[aten.einsum.default].needed({"equation": equation})
+
+
+class Modulated(nn.Module):
+    def __init__(self, read: int) -> None:
+        super().__init__()
+        self.linear, self.read = nn.Linear(8, 24), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(self.linear(x).chunk(6, dim=1)[: self.read])
+
+
+@pytest.mark.parametrize(("read", "operator"), [(2, "Slice"), (3, "Slice"), (4, "Split"), (6, "Split")])
+def test_a_split_of_which_half_is_read_becomes_slices_of_what_is_read(read: int, operator: str, tmp_path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    net, x = Modulated(read).eval(), normal(3, 8)
+    export_onnx(capture(net, (x,)), tmp_path, providers=["cpu"])
+    nodes = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert (nodes.count("Slice"), nodes.count("Split")) == ((read, 0) if operator == "Slice" else (0, 1))
+    (got,) = OnnxRunner(tmp_path, ["cpu"])(normal(5, 8).copy_(x[:1]))
+    torch.testing.assert_close(got, net(x[:1].expand(5, 8)), rtol=1e-5, atol=1e-5)
 
 
 def test_program_keeps_its_operators(program) -> None:
