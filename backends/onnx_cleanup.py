@@ -14,8 +14,8 @@ re-export that follows traces through it. What each rule repairs was seen with t
 - ``lstm`` with projections: ONNX has none, and the exporter leaves them out.
 - ``topk(sorted=False)``: the CUDA provider needs sorted results.
 - ``einsum`` that only permutes: the ``Einsum`` kernel takes several times as long as a transpose.
-- ``chunk`` and ``split`` of which at most half is read, as of modulations in a program that reuses a branch: ``Split``
-  copies all pieces.
+- ``chunk`` and ``split``, with sizes or not, of which at most half of the pieces is read, as of modulations in a program that
+  reuses a branch: ``Split`` copies all pieces.
 
 Besides, every ``view`` becomes a ``reshape`` and every attention gives contiguous memory: the strides of a result are
 not always the same when a graph is traced again, and a view that was possible then is not any more.
@@ -77,11 +77,12 @@ def _recorded_arguments(node: Node) -> dict[str, Any]:
 
 
 def _is_half_read(node: Node) -> bool:
-    """Whether at most half of the pieces of a split are read."""
-    if node.target not in SPLITS:
+    """Whether some, and at most half, of the pieces of a split are read."""
+    if node.target not in SPLITS or any(user.target is not operator.getitem for user in node.users):
         return False
-    read = {user.args[1] for user in node.users if user.target is operator.getitem}
-    return len(read) == len(node.users) and 2 * len(read) <= len(node.meta["val"])
+    pieces, read = node.meta["val"], {int(user.args[1]) for user in node.users}  # type: ignore[arg-type]
+    empty = any(isinstance(size, int) and size == 0 for size in pieces[0].shape)
+    return 0 < 2 * len(read) <= len(pieces) and not empty
 
 
 def _is_one(size: int | torch.SymInt) -> bool:

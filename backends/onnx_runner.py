@@ -173,7 +173,7 @@ class OnnxRunner:
         check_labels((e["name"], e["shape"], inputs[e["name"]].shape) for e in self.manifest["inputs"])
 
     def _run_bound(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        inputs = [tensor.detach().contiguous() for tensor in tensors]
+        inputs = [tensor.detach().resolve_conj().resolve_neg().contiguous() for tensor in tensors]
         binding = self.session.io_binding()
         for name, tensor in zip(self.input_names, inputs, strict=True):
             _bind_input(binding, name, tensor)

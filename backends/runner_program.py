@@ -68,6 +68,8 @@ class _RunnerModule(nn.Module):
 
 
 class _FlatModule(_RunnerModule):
+    """Takes what `RunnerProgram.flatten` returned, and checks nothing."""
+
     def forward(self, *leaves: Any) -> Any:
         return self.__dict__["program"].evaluate(leaves)
 

@@ -115,6 +115,20 @@ class CallForm:
                 known.remember(form)
         return leaves
 
+    def check(self, form: tuple[Any, ...], *args: Any, **kwargs: Any) -> None:
+        """Check inputs as `flatten` does, but once only for inputs of one ``form``, which says all that can be wrong with them.
+
+        Raises:
+            InputError: See `flatten`.
+        """
+        if torch.compiler.is_compiling():
+            self._checked(args, kwargs)
+            return
+        known = self._known_calls()
+        if not known.holds(form):
+            self._checked(args, kwargs)
+            known.remember(form)
+
     def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         args, named = self._arranged(args, kwargs)
         self._check_count(args)

@@ -8,6 +8,7 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 # Where each leaf comes from when every input is one: a place among those given, or a default.
 Places = list[int | tuple[Any]]
@@ -51,13 +52,14 @@ class KnownCalls:
         return leaves, (key, *((v.shape, v.dtype) if isinstance(v, Tensor) else id(v) for v in leaves))
 
     def holds(self, form: tuple[Any, ...] | None) -> bool:
-        """Whether inputs of a form that `look` returned are known to fit."""
+        """Whether inputs of this form are known to fit."""
         try:
             return form in self._forms
-        except TypeError:  # a size that a tracer left open cannot be looked up
+        except TypeError:  # sizes that a tracer left open cannot be looked up
             return False
 
     def remember(self, form: tuple[Any, ...]) -> None:
         """Note that inputs of this form fit; their values that are no tensors have to be the constants of `of`."""
-        with suppress(TypeError):
-            self._forms.add(form)
+        if not is_tracing():  # by torch.jit, where sizes are tensors, of which none comes again
+            with suppress(TypeError):
+                self._forms.add(form)

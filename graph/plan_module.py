@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .plan import Staged
 
 Signature = tuple[tuple[Any, ...], ...]
+# Times that take less time to read all than one by an index, behind a network that has emptied the caches.
+SHORT = 512
 
 
 @dataclass
@@ -74,7 +76,6 @@ class PlanModule(nn.Module):
             name: tuple(spec.name for spec in stage.program.inputs[len(plan.inputs) :])
             for name, stage in plan.stages.items()
         }
-        self._checked: set[tuple[str, Signature]] = set()
         self._clock, self._ascending = clock, ascending
         self._runs: dict[str, Run] = {}
         self._context = ""
@@ -99,17 +100,15 @@ class PlanModule(nn.Module):
         # A run is known again only once its evaluation is through.
         self._runs.pop(self._context)
         registers = {register: _value(run.registers[register], run.index) for register in self._reads[name]}
-        if registers and (name, shapes) not in self._checked:
-            # Shapes of registers follow from those of the inputs, so to check them once for these is enough.
-            stage.program.flatten(*args, **kwargs, **registers)
-            self._checked.add((name, shapes))
+        if registers:
+            form = (shapes, *((value.shape, value.dtype) for value in registers.values()))
+            stage.program.check(form, *args, **kwargs, **registers)
         result, written = plan.split(name, self.stages[name](*leaves, *registers.values()))
         if written and run.shapes != shapes:
             run.registers.clear()
             run.shapes = shapes
         for register, value in written.items():
-            before = run.registers.get(register, [])[-plan.extrapolation :] if plan.extrapolation else []
-            run.registers[register] = [*before, (run.index, value)]
+            run.registers[register] = [*run.registers.get(register, ()), (run.index, value)][-1 - plan.extrapolation :]
         run.index += 1
         run.history.append(name)
         self._runs[self._context] = run
@@ -197,11 +196,10 @@ def _value(kept: Sequence[tuple[int, Tensor]], evaluation: int) -> Tensor:
 
 
 def _first(time: Tensor) -> float:
-    """Return the first value of the tensor of times; a list of all takes less time than to take one of them by itself."""
-    value = time.tolist()
-    while isinstance(value, list):
-        value = value[0]
-    return float(value)
+    """Return the first value of the tensor of times."""
+    if time.dim() == 1 and 0 < time.numel() <= SHORT:
+        return float(time.tolist()[0])
+    return float(time[(0,) * time.dim()])
 
 
 def _place(time: Tensor, grid: Any) -> int | None:

@@ -145,7 +145,7 @@ class ProgramModule(nn.Module):
 
 
 class FlatModule(ProgramModule):
-    """A Program as a module that takes what `Program.flatten` returned."""
+    """A Program as a module that takes what `Program.flatten` returned, and checks nothing."""
 
     def forward(self, *leaves: Any) -> Any:
         program: Program = self.__dict__["program"]

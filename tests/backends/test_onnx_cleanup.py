@@ -100,7 +100,7 @@ class Net(nn.Module):
         return [
             x.squeeze(1) + x.mean(1, keepdim=True).squeeze(1)[:, None],
             torch.cat(x.chunk(2, 0), 1).sum(-1),
-            sum(x.chunk(2, 2)),
+            torch.stack(x.chunk(2, 2)).sum(0),
             x.chunk(4, 2)[1] + x.chunk(4, 2)[2],
             torch.einsum("bnc->cbn", x) * torch.einsum("bnc,bmc->b", x, x)[:, None],
             x.split(batch // 2, 0)[0],
@@ -158,7 +158,7 @@ class Modulated(nn.Module):
         self.linear, self.read = nn.Linear(8, 24), read
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum(self.linear(x).chunk(6, dim=1)[: self.read])
+        return torch.stack(self.linear(x).chunk(6, dim=1)[: self.read]).sum(0)
 
 
 @pytest.mark.parametrize(("read", "operator"), [(2, "Slice"), (3, "Slice"), (4, "Split"), (6, "Split")])
@@ -172,6 +172,18 @@ def test_a_split_of_which_half_is_read_becomes_slices_of_what_is_read(read: int,
     assert (nodes.count("Slice"), nodes.count("Split")) == ((read, 0) if operator == "Slice" else (0, 1))
     (got,) = OnnxRunner(tmp_path, ["cpu"])(normal(5, 8).copy_(x[:1]))
     torch.testing.assert_close(got, net(x[:1].expand(5, 8)), rtol=1e-5, atol=1e-5)
+
+
+class Empty(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :0].chunk(4, 1)[0], x], 1)
+
+
+def test_a_chunk_of_nothing_exports(tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    x = normal(2, 8)
+    export_onnx(capture(Empty().eval(), (x,)), tmp_path, providers=["cpu"])
+    assert torch.equal(OnnxRunner(tmp_path, ["cpu"])(x)[0], x)
 
 
 def test_program_keeps_its_operators(program) -> None:

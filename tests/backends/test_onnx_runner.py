@@ -92,6 +92,16 @@ def test_arrays_names_and_strided_tensors_are_taken(model: nn.Module, runner: On
 
 
 @pytest.mark.parametrize("io_binding", [True, False])
+def test_a_view_whose_memory_holds_other_values_is_read_right(model, directory: Path, io_binding: bool) -> None:
+    ids, bias, keep = inputs()
+    negated = torch.complex(bias, bias).conj().imag
+    assert negated.is_neg()
+    got = OnnxRunner(directory, ["cpu"], io_binding)(ids, negated, keep)
+    for mine, theirs in zip(got, expected(model, ids, -bias, keep), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("io_binding", [True, False])
 def test_outputs_live_on_after_other_calls_and_the_session(directory: Path, io_binding: bool) -> None:
     runner = OnnxRunner(directory, ["cpu"], io_binding)
     values = inputs()

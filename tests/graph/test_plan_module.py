@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphwright as gw
 from graphwright.graph.plan import Plan
@@ -182,6 +183,53 @@ def test_a_register_of_another_dtype_is_refused_by_name(program) -> None:
         kept[0] = (0, kept[0][1].double())
         with pytest.raises(gw.InputError, match=r"input 'cached.*' must have dtype torch.float32, got torch.float64"):
             module(noise(1), torch.tensor(70))
+
+
+def test_a_register_that_autocast_wrote_is_refused_after_runs_without_it(program) -> None:
+    module = PlanModule(plan_of(program))
+    sampled(module, noise(1))
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            module(noise(1), torch.tensor(90))
+        with pytest.raises(gw.InputError, match=r"input 'cached.*' must have dtype torch.float32, got torch.bfloat16"):
+            module(noise(1), torch.tensor(70))
+
+
+def test_a_stage_that_was_changed_is_checked_again(program) -> None:
+    plan = plan_of(program)
+    module = plan.module()
+    sampled(module, noise(1))
+    plan.stages["reuse"].program.guards = ("size('x', 0) > 10",)
+    with pytest.raises(gw.InputError, match=r"was captured where size\('x', 0\) > 10"):
+        sampled(module, noise(1))
+
+
+class Sampler(nn.Module):
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.denoiser = plan.module()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.denoiser.reset()
+        for t in TIMES:
+            x = step(x, self.denoiser(x, torch.tensor(t)))
+        return x
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("how", ["make_fx", "strict", "not strict"])
+def test_a_whole_run_can_be_traced_with_open_sizes(program, model, how: str, before: bool) -> None:
+    sampler, x = Sampler(plan_of(program)).requires_grad_(False), noise(1)
+    if before:
+        sampler(x)
+    if how == "make_fx":
+        traced = make_fx(sampler, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+    else:
+        sizes = ({0: torch.export.Dim.DYNAMIC},)
+        traced = torch.export.export(sampler, (x,), dynamic_shapes=sizes, strict=how == "strict").module()
+    for batch in (3, 5):
+        want = reference(model, noise(2, batch), EVEN)
+        torch.testing.assert_close(traced(noise(2, batch)), want, rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_of_stages_are_called(program) -> None:

@@ -164,6 +164,16 @@ def test_a_trace_with_open_sizes_goes_through(batches) -> None:
     assert torch.equal(traced(y, x), y - x)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*deprecated:DeprecationWarning"
+)
+def test_a_trace_by_torch_jit_leaves_no_form_behind(batches) -> None:
+    module, x, y = batches.module(), torch.randn(2, 4), torch.randn(2, 4)
+    traced: Any = torch.jit.trace(lambda x, y: module(x, y, mode="difference"), (x, y), check_trace=False)
+    assert torch.equal(traced(y, x), y - x)
+    assert not batches.__dict__["_calls"]._forms
+
+
 def test_a_flat_module_takes_what_flatten_returned(net, program) -> None:
     leaves = program.flatten(X, return_dict=False, time=T)
     assert torch.equal(program.module(flat=True)(*leaves)[0], net(X, T, return_dict=False)[0])
