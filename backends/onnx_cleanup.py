@@ -13,7 +13,7 @@ re-export that follows traces through it. What each rule repairs was seen with t
   ``TopK`` keeps the order of equal values, so its sort is stable.)
 - ``lstm`` with projections: ONNX has none, and the exporter leaves them out.
 - ``topk(sorted=False)``: the CUDA provider needs sorted results.
-- ``einsum`` that only permutes: the ``Einsum`` kernel takes several times as long as a transpose.
+- ``einsum`` that only permutes: optimisers know a transpose, and take ``Einsum`` as it is.
 - ``chunk`` and ``split``, with sizes or not, of which at most half of the pieces is read, as of modulations in a program that
   reuses a branch: ``Split`` copies all pieces.
 
@@ -80,9 +80,9 @@ def _is_half_read(node: Node) -> bool:
     """Whether some, and at most half, of the pieces of a split are read."""
     if node.target not in SPLITS or any(user.target is not operator.getitem for user in node.users):
         return False
-    pieces, read = node.meta["val"], {int(user.args[1]) for user in node.users}  # type: ignore[arg-type]
+    pieces = node.meta["val"]
     empty = any(isinstance(size, int) and size == 0 for size in pieces[0].shape)
-    return 0 < 2 * len(read) <= len(pieces) and not empty
+    return 0 < 2 * len(node.users) <= len(pieces) and not empty
 
 
 def _is_one(size: int | torch.SymInt) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .plan import Staged
 
 Signature = tuple[tuple[Any, ...], ...]
-# Times that take less time to read all than one by an index, behind a network that has emptied the caches.
+# So many times or fewer are read as a list, which takes one call of torch; an index and a number take two.
 SHORT = 512
 
 

@@ -105,7 +105,7 @@ class Labels:
 
 
 def subjects(steps: int = 50, count: int = 64, many: int = 256, sd_steps: int = 10) -> list[Subject]:
-    """Return what is measured: ``count`` digits at a time, and ``many`` where what a call takes by itself counts most."""
+    """Return what is measured: ``count`` digits at a time, and ``many`` of digits-dit, whose evaluations are the shortest."""
     sd, small = SideBySide(SD_QUARTER, 32, sd_steps), Labels(DIT_S_2, sd_steps)
     feature = {f"DeepCache, branch 0, N={n}": InsertFeatureCache(interval_steps=n, branch=0) for n in (3, 5)}
     layers = {f"InsertLayerCache, N={n}": InsertLayerCache(interval_steps=n, timestep=Labels.names[1]) for n in (2, 3)}
