@@ -1,4 +1,4 @@
-"""From a flat program to an ONNX model in memory: re-export, conversion, names."""
+"""From a flat program to an ONNX model in memory: re-export, conversion, names, order."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .artifacts import summary
 from .flat import FlatProgram
 from .onnx_constants import optimize_exactly
 from .onnx_grouped import translations
+from .onnx_order import order_for_runtime
 
 OLDEST_OPSET = 18
 OPSET, OPSET_WITH_GROUP_NORM = 23, 20
@@ -87,6 +88,7 @@ def convert(flat: FlatProgram, example: Sequence[torch.Tensor], opset: int) -> C
     _widen_rotary_tables(model)
     _rename_dimensions(model, labels)
     _rename_ends(model, [spec.name for spec in flat.inputs], flat.outputs)
+    order_for_runtime(model)
     shapes = tuple(tuple(_plain_size(dim) for dim in value.shape or ()) for value in model.graph.outputs)
     return Converted(onnx_program, _guards(exported, flat.inputs, labels), shapes)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..graph.errors import ExportError
+from .onnx_order import order_for_runtime
 
 # Sums of squares overflow at 65504, and a softmax over many entries loses the small ones.
 BLOCKED_OPERATORS = (
@@ -68,6 +69,7 @@ def convert_to_float16(source: Path, target: Path) -> int:
     model = onnx_ir.from_proto(converted)
     model.graph.sort()  # the converter appends its casts at the end
     _join_float32_nodes(model)
+    order_for_runtime(model)
     onnx_ir.save(model, target, external_data=f"{target.name}.data")
     return len(converted.graph.node)
 

@@ -103,12 +103,11 @@ class PlanModule(nn.Module):
         if registers:
             form = (shapes, *((value.shape, value.dtype) for value in registers.values()))
             stage.program.check(form, *args, **kwargs, **registers)
+        if stage.writes:
+            _forget(run, stage.writes, shapes, plan.extrapolation)
         result, written = plan.split(name, self.stages[name](*leaves, *registers.values()))
-        if written and run.shapes != shapes:
-            run.registers.clear()
-            run.shapes = shapes
         for register, value in written.items():
-            run.registers[register] = [*run.registers.get(register, ()), (run.index, value)][-1 - plan.extrapolation :]
+            run.registers.setdefault(register, []).append((run.index, value))
         run.index += 1
         run.history.append(name)
         self._runs[self._context] = run
@@ -181,6 +180,16 @@ class PlanModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"plan of {self.__dict__['plan'].name}"
+
+
+def _forget(run: Run, writes: Sequence[str], shapes: Signature, extrapolation: int) -> None:
+    """Drop what an evaluation is going to replace, so that its memory serves the new values."""
+    if run.shapes != shapes:
+        run.registers.clear()
+        run.shapes = shapes
+    for register in writes:
+        kept = run.registers.get(register, [])
+        del kept[: max(len(kept) - extrapolation, 0)]
 
 
 def _value(kept: Sequence[tuple[int, Tensor]], evaluation: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -351,6 +352,27 @@ def test_a_register_is_not_written_over(program) -> None:
         for t in TIMES[1:]:
             module(noise(t), torch.tensor(t))
     assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_what_an_evaluation_replaces_is_gone_before_it_begins(program, order) -> None:
+    module = gw.Pipeline([InsertFeatureCache(interval_steps=2, extrapolation=order)])(program).plan.module()
+    written: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def note_written(_: nn.Module, __: Any, result: Any) -> None:
+        written.append(weakref.ref(*result[1].values()))
+
+    module.stages["refresh"].register_forward_pre_hook(lambda *_: alive.append(sum(r() is not None for r in written)))
+    module.stages["refresh"].register_forward_hook(note_written)
+    times = (90, 80, 70, 60, 50, 40)
+    sampled(module, noise(1), times)
+    assert alive == [0, order, order]
+    sampled(module, noise(1), times)  # a new run keeps nothing of the one before
+    assert alive[3:] == [0, order, order]
+    with torch.no_grad():
+        module(noise(1)[:1], torch.tensor(30))  # another shape
+    assert alive[6:] == [0] and written[-1]() is not None
 
 
 # ---------------------------------------------------------------------- extrapolation
