@@ -50,12 +50,10 @@ def _read(node: Any) -> Iterator[Any]:
 
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
-        if attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            continue
-        for graph in [attribute.value] if attribute.type is ir.AttributeType.GRAPH else attribute.value:
+        graphs = {ir.AttributeType.GRAPH: [attribute.value], ir.AttributeType.GRAPHS: attribute.value}
+        for graph in graphs.get(attribute.type, ()):
             for inner in graph:
                 yield from _read(inner)
-            yield from graph.outputs
 
 
 def _sizes(operands: Mapping[Any, Sequence[Any]]) -> dict[Any, tuple[int, int]]:

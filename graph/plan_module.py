@@ -107,7 +107,7 @@ class PlanModule(nn.Module):
             _forget(run, stage.writes, shapes, plan.extrapolation)
         result, written = plan.split(name, self.stages[name](*leaves, *registers.values()))
         for register, value in written.items():
-            run.registers.setdefault(register, []).append((run.index, value))
+            run.registers[register] = [*run.registers.get(register, ()), (run.index, value)][-1 - plan.extrapolation :]
         run.index += 1
         run.history.append(name)
         self._runs[self._context] = run
@@ -188,8 +188,9 @@ def _forget(run: Run, writes: Sequence[str], shapes: Signature, extrapolation: i
         run.registers.clear()
         run.shapes = shapes
     for register in writes:
-        kept = run.registers.get(register, [])
-        del kept[: max(len(kept) - extrapolation, 0)]
+        kept = run.registers.pop(register, ())
+        if extrapolation and kept:
+            run.registers[register] = list(kept[-extrapolation:])
 
 
 def _value(kept: Sequence[tuple[int, Tensor]], evaluation: int) -> Tensor:

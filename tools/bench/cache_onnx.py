@@ -154,17 +154,18 @@ def rows_of(subject: Subject, name: str) -> list[Row]:
         export_onnx(program, Path(folder, "full"), providers=CPU)
         export_onnx(plan, Path(folder, "plan"), providers=CPU)
         seconds: dict[str, list[list[float]]] = {"full": [], "plan": []}
+        drawn: dict[str, Tensor] = {}
         for _ in range(OPENINGS):
-            models = {"full": _opened(Path(folder, "full"))}
-            models["plan"] = load_onnx_plan(Path(folder, "plan"), CPU, threads=1).module()
-            for _ in range(subject.repeats):
-                timed = {key: Timed(model) for key, model in models.items()}
-                full, got = subject.draw(timed["full"]), subject.draw(timed["plan"])
-                for key, model in timed.items():
-                    seconds[key].append(model.seconds)
+            plan_of_files = load_onnx_plan(Path(folder, "plan"), CPU, threads=1)
+            models = {"full": _opened(Path(folder, "full")), "plan": plan_of_files.module()}
+            for key, model in [*models.items()] * subject.repeats:
+                timed = Timed(model)
+                drawn[key] = subject.draw(timed)
+                seconds[key].append(timed.seconds)
     bound = speedup_bound(plan.macs(), plan.schedule.programs(subject.steps))
     spent = {key: sum(map(min, zip(*found, strict=True))) for key, found in seconds.items()}
     speedup = spent["full"] / spent["plan"]
+    full, got = drawn["full"], drawn["plan"]
     difference = float((got - want).abs().max() / want.abs().max())
     row: Row = {
         "model": subject.name,
