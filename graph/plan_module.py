@@ -188,9 +188,9 @@ def _forget(run: Run, writes: Sequence[str], shapes: Signature, extrapolation: i
         run.registers.clear()
         run.shapes = shapes
     for register in writes:
-        kept = run.registers.pop(register, ())
+        kept = run.registers.pop(register, [])
         if extrapolation and kept:
-            run.registers[register] = list(kept[-extrapolation:])
+            run.registers[register] = kept[-extrapolation:]
 
 
 def _value(kept: Sequence[tuple[int, Tensor]], evaluation: int) -> Tensor:

@@ -4,8 +4,8 @@ A plan and the uncached denoiser are exported, and both sample in ONNX Runtime o
 the exported plan are to be those of the plan in PyTorch within 1e-4 of the largest value, and its speed-up over the exported
 denoiser is to be at least nine tenths of what the multiply-accumulates say. Seconds are CPU seconds of a run's evaluations, from
 the call of the denoiser to its return; the sampler's own, which are the same with and without a cache, are left out. Of each
-evaluation the fastest of several runs counts: other processes make it slower, never faster. The sessions are opened several times:
-where their memory happens to lie makes one a percent or two slower than the next.
+evaluation the fastest of several runs counts: other processes make it slower, never faster. The sessions are opened several times,
+so that one whose memory happens to lie badly does not decide.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Labels:
 
 
 def subjects(steps: int = 50, count: int = 64, many: int = 256, sd_steps: int = 10) -> list[Subject]:
-    """Return what is measured: ``count`` digits at a time, and ``many`` of digits-dit, whose evaluations are the shortest."""
+    """Return what is measured: ``count`` digits at a time, and ``many`` of digits-dit, whose reuses compute least."""
     sd, small = SideBySide(SD_QUARTER, 32, sd_steps), Labels(DIT_S_2, sd_steps)
     feature = {f"DeepCache, branch 0, N={n}": InsertFeatureCache(interval_steps=n, branch=0) for n in (3, 5)}
     layers = {f"InsertLayerCache, N={n}": InsertLayerCache(interval_steps=n, timestep=Labels.names[1]) for n in (2, 3)}
